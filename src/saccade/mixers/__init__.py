@@ -1,0 +1,87 @@
+"""Mixers: modules that mix tokens, (B, *space, C) -> (B, *space, C). The exported classes are the registry."""
+
+import inspect
+import re
+from typing import Any
+
+from saccade.errors import InputError, check_choice, nearest
+from saccade.mixers.agent import AgentAttention
+from saccade.mixers.attention import Attention, GridAttention, NeighborhoodAttention, PatternAttention, WindowAttention
+from saccade.mixers.baselines import DepthwiseConv, Pooling
+from saccade.mixers.halo import HaloAttention
+from saccade.mixers.mixer import Mixer
+
+__all__ = [
+    "AgentAttention",
+    "Attention",
+    "DepthwiseConv",
+    "GridAttention",
+    "HaloAttention",
+    "Mixer",
+    "NeighborhoodAttention",
+    "PatternAttention",
+    "Pooling",
+    "WindowAttention",
+    "create_mixer",
+    "describe_mixer",
+    "list_mixers",
+]
+
+
+def list_mixers() -> list[str]:
+    """List the names that `create_mixer` takes.
+
+    >>> "window" in list_mixers()
+    True
+    """
+    return list(_mixers())
+
+
+def create_mixer(name: str, dim: int, **options: Any) -> Mixer:
+    """Build a mixer by name: `WindowAttention` is "window", `DepthwiseConv` is "depthwise_conv".
+
+    Args:
+        name: one of `list_mixers()`.
+        dim: C, channels of a token.
+        options: arguments of the class.
+
+    Raises: InputError for an unknown name or option, with the nearest ones that exist.
+
+    >>> create_mixer("neighborhood", 64, window_size=5).num_heads
+    2
+    """
+    kind = _mixer(name)
+    known = _options(kind)
+    for option in options:
+        if option not in known:
+            raise InputError(f"{kind.__name__} has no option {option!r}: {nearest(option, known)}")
+    return kind(dim, **options)
+
+
+def describe_mixer(name: str) -> str:
+    """Say in a sentence what a mixer does: the first of its docstring."""
+    summary = inspect.cleandoc(_mixer(name).__doc__ or "").split("\n\n")[0]
+    return " ".join(summary.split())
+
+
+def _mixer(name: str) -> type[Mixer]:
+    check_choice("mixer", name, _mixers())
+    return _mixers()[name]
+
+
+def _mixers() -> dict[str, type[Mixer]]:
+    """Every exported class that can be built, by the name made of its own."""
+    exported = [globals()[name] for name in __all__]
+    kinds = [kind for kind in exported if isinstance(kind, type) and not inspect.isabstract(kind)]
+    return {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower().removesuffix("_attention"): kind for kind in kinds}
+
+
+def _options(kind: type[Mixer]) -> set[str]:
+    """Arguments of the class; of its bases too, where it hands **options on."""
+    known: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
+        known |= {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and parameters:
+            break
+    return known - {"self", "dim"}

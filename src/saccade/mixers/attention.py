@@ -1,0 +1,239 @@
+"""Softmax attention over a pattern, as a mixer: global attention, windows, grids and neighborhoods."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from saccade import taps
+from saccade.errors import InputError
+from saccade.mixers.mixer import Mixer, choose_heads, merge_heads, split_heads
+from saccade.ops import (
+    Global,
+    Grid,
+    Neighborhood,
+    Pattern,
+    PositionBias,
+    RelativeTable,
+    Window,
+    softmax_attention,
+    sparse_attention,
+    sparse_attention_weights,
+)
+from saccade.ops.check import per_axis
+
+__all__ = ["Attention", "GridAttention", "NeighborhoodAttention", "PatternAttention", "WindowAttention"]
+
+Sizes = int | tuple[int, ...]
+DEFAULT_WINDOW = 7  # tokens an axis, as in Swin, MaxViT and NAT
+
+
+class PatternAttention(Mixer):
+    """Multi-head softmax attention in which a pattern says which keys a query may see.
+
+    Args:
+        dim: C, channels of a token.
+        num_heads: attention heads; None takes one for each 32 channels.
+        qkv_bias: give the projection to query, key and value a bias.
+        scale: factor of q.k; None takes D^-0.5.
+        proj_drop: dropout after the output projection.
+        impl: as in `sparse_attention`.
+
+    Prefix tokens are served: they see every token and are seen by every query.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int | None = None,
+        *,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim)
+        self.num_heads = choose_heads(dim, num_heads)
+        self.scale = scale
+        self.impl = impl
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @abstractmethod
+    def pattern(self, space: tuple[int, ...]) -> Pattern:
+        """The pattern for a map with these axes."""
+
+    def position_bias(self) -> PositionBias | None:
+        """What is added to the logits."""
+        return None
+
+    def mix(self, x: Tensor) -> Tensor:
+        query, key, value = self._project(x)
+        pattern, bias = self.pattern(tuple(x.shape[1:-1])), self.position_bias()
+        taps.record(
+            self, "attention", lambda: sparse_attention_weights(query, key, pattern, bias=bias, scale=self.scale)
+        )
+        out = sparse_attention(query, key, value, pattern, bias=bias, scale=self.scale, impl=self.impl)
+        return self._finish(out)
+
+    def mix_with_prefix(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self._project(x)  # (B, heads, *space, D)
+        prefix_query, prefix_key, prefix_value = self._project(prefix)  # (B, heads, P, D)
+        pattern, bias = self.pattern(tuple(x.shape[1:-1])), self.position_bias()
+        all_keys = torch.cat([prefix_key, key.flatten(2, -2)], 2)
+        all_values = torch.cat([prefix_value, value.flatten(2, -2)], 2)
+
+        def attention() -> Tensor:
+            everything = sparse_attention_weights(
+                prefix_query, prefix_key, Global(), extra_key=key.flatten(2, -2), scale=self.scale
+            )  # (B, heads, P, N + P): the map stands first
+            top = everything.roll(prefix.shape[1], -1)
+            rest = sparse_attention_weights(query, key, pattern, bias=bias, extra_key=prefix_key, scale=self.scale)
+            return torch.cat([top, rest], 2)
+
+        taps.record(self, "attention", attention)
+        out = sparse_attention(
+            query,
+            key,
+            value,
+            pattern,
+            bias=bias,
+            extra_key=prefix_key,
+            extra_value=prefix_value,
+            scale=self.scale,
+            impl=self.impl,
+        )
+        seen = softmax_attention(prefix_query, all_keys, all_values, scale=self.scale)
+        return self._finish(out), self._finish(seen)
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        return [split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1)]
+
+    def _finish(self, out: Tensor) -> Tensor:
+        projected: Tensor = self.proj_drop(self.proj(merge_heads(out)))
+        return projected
+
+
+class Attention(PatternAttention):
+    """Softmax attention of every token over all tokens (Vaswani et al., 2017, arXiv:1706.03762)."""
+
+    def pattern(self, space: tuple[int, ...]) -> Pattern:
+        return Global()
+
+
+class _TableAttention(PatternAttention):
+    """Attention inside blocks of a given size, with a learned bias for each head and relative position.
+
+    Args:
+        window_size: tokens of a block along each axis. None takes 7, or the whole axis where the map is smaller; a
+            size that is asked for and larger than the map is an error.
+        axes: axes of space, which the table needs to know; 2 for images.
+        position_bias: learn a number for each head and offset inside a block (Swin's relative position bias).
+        options: as for PatternAttention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int | None = None,
+        *,
+        window_size: Sizes | None = None,
+        axes: int = 2,
+        position_bias: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop, impl=impl)
+        self.window_size = window_size
+        self.position_bias_table = None
+        if position_bias:
+            sizes = per_axis("window_size", DEFAULT_WINDOW if window_size is None else window_size, axes)
+            self.position_bias_table = nn.Parameter(torch.empty(self.num_heads, *(2 * size - 1 for size in sizes)))
+            nn.init.trunc_normal_(self.position_bias_table, std=0.02)
+
+    def position_bias(self) -> PositionBias | None:
+        return None if self.position_bias_table is None else RelativeTable(self.position_bias_table)
+
+
+class WindowAttention(_TableAttention):
+    """Softmax attention inside non-overlapping windows (Swin, Liu et al., 2021, arXiv:2103.14030).
+
+    A map that the window does not divide has smaller windows at its end.
+
+    Args:
+        shift: move the partition by half a window, as every other layer of Swin does.
+    """
+
+    def __init__(self, dim: int, num_heads: int | None = None, *, shift: bool = False, **options) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(dim, num_heads, **options)
+        self.shift = shift
+
+    def pattern(self, space: tuple[int, ...]) -> Pattern:
+        sizes = fit_window("window_size", self.window_size, space)
+        return Window(sizes, shift=tuple(size // 2 if self.shift else 0 for size in sizes), ragged=True)
+
+
+class GridAttention(_TableAttention):
+    """Softmax attention over a uniform grid that spans the map (MaxViT, Tu et al., 2022, arXiv:2204.01697)."""
+
+    def pattern(self, space: tuple[int, ...]) -> Pattern:
+        return Grid(fit_window("window_size", self.window_size, space), ragged=True)
+
+
+class NeighborhoodAttention(PatternAttention):
+    """Softmax attention of every token over its nearest neighbours (NAT, Hassani et al., 2022, arXiv:2204.07143).
+
+    Strides are those of generalized neighborhood attention (2025, arXiv:2504.16922).
+
+    Args:
+        window_size: tokens that a query sees along each axis. None takes 7, or the whole axis where the map is
+            smaller; a size that is asked for and larger than the map is an error.
+        stride, dilation, causal: as in `saccade.ops.Neighborhood`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int | None = None,
+        *,
+        window_size: Sizes | None = None,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        causal: bool | tuple[bool, ...] = False,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop, impl=impl)
+        self.window_size = window_size
+        self.stride = stride
+        self.dilation = dilation
+        self.causal = causal
+
+    def pattern(self, space: tuple[int, ...]) -> Pattern:
+        sizes = self.window_size
+        if sizes is None:
+            dilation = per_axis("dilation", self.dilation, len(space))
+            sizes = tuple(max(1, min(DEFAULT_WINDOW, length // d)) for length, d in zip(space, dilation))
+        return Neighborhood(sizes, self.stride, self.dilation, self.causal)
+
+
+def fit_window(name: str, size: Sizes | None, space: tuple[int, ...]) -> tuple[int, ...]:
+    """One size for each axis: as asked, which must fit the map, or the default cut to the map.
+
+    >>> fit_window("window_size", None, (4, 20))
+    (4, 7)
+    """
+    if size is None:
+        return tuple(min(DEFAULT_WINDOW, length) for length in space)
+    sizes = per_axis(name, size, len(space))
+    if any(s > length for s, length in zip(sizes, space)):
+        raise InputError(
+            f"{name} is {sizes} and the map is {space}: a window must fit into the map. Take a smaller window, "
+            f"or {name}=None, which takes {DEFAULT_WINDOW} or the whole axis"
+        )
+    return sizes

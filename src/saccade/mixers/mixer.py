@@ -1,0 +1,93 @@
+"""What every mixer is: a module that mixes tokens, (B, *space, C) -> (B, *space, C)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from saccade import taps
+from saccade.errors import InputError
+
+__all__ = ["Mixer", "choose_heads", "merge_heads", "probe", "split_heads"]
+
+
+class Mixer(nn.Module, ABC):
+    """A module that mixes the tokens of a channels-last map.
+
+    Subclasses implement `mix`, and `mix_with_prefix` where class or register tokens can take part. They call
+    `self.show_attention` with a function that forms their token matrix, for taps.
+
+    Args:
+        dim: C, channels of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    @abstractmethod
+    def mix(self, x: Tensor) -> Tensor:
+        """(B, *space, C) -> (B, *space, C)."""
+
+    def mix_with_prefix(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with tokens (B, P, C) that see all and are seen by all; mixers that cannot raise InputError."""
+        raise InputError(
+            f"{type(self).__name__} cannot serve prefix tokens (class or register tokens), and got {prefix.shape[1]}. "
+            "Pool the map instead, or choose a mixer of softmax attention"
+        )
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Mix the tokens of x (B, *space, C); with prefix tokens (B, P, C), return both."""
+        if x.ndim < 3 or x.shape[-1] != self.dim:
+            raise InputError(
+                f"x is {tuple(x.shape)}: {type(self).__name__} takes (B, *space, {self.dim}), channels last. "
+                "Move the channels with x.movedim(1, -1) if they stand second"
+            )
+        if prefix is None:
+            out = self.mix(x)
+            taps.record(self, "features", lambda: out)
+            return out
+        if prefix.ndim != 3 or prefix.shape[-1] != self.dim or prefix.shape[0] != x.shape[0]:
+            raise InputError(f"prefix is {tuple(prefix.shape)}: give ({x.shape[0]}, tokens, {self.dim})")
+        out, prefix = self.mix_with_prefix(x, prefix)
+        taps.record(self, "features", lambda: out)
+        return out, prefix
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, *space, heads * D) to (B, heads, *space, D), a view."""
+    return x.unflatten(-1, (num_heads, -1)).movedim(-2, 1)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, *space, D) to (B, *space, heads * D)."""
+    return x.movedim(1, -2).flatten(-2)
+
+
+def choose_heads(dim: int, num_heads: int | None) -> int:
+    """The number of heads: as asked, or as many of 32 channels as fit, at least one.
+
+    >>> choose_heads(96, None)
+    3
+    """
+    heads = max(1, dim // 32) if num_heads is None else num_heads
+    if heads < 1 or dim % heads:
+        divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+        raise InputError(
+            f"num_heads is {heads} and dim is {dim}: the heads share the channels evenly. Take one of {divisors}"
+        )
+    return heads
+
+
+def probe(mix: Callable[[Tensor], Tensor], space: tuple[int, ...], like: Tensor) -> Tensor:
+    """Form the token matrix of a fixed linear map over space, (C, N, M), by showing it one token at a time.
+
+    Args:
+        mix: (N, *space, C) -> (N, *space, C), linear and the same for every input.
+        space: the axes of the map.
+        like: (..., C), whose channels, dtype and device are used.
+    """
+    tokens = torch.eye(torch.Size(space).numel(), dtype=like.dtype, device=like.device)
+    shown = tokens.unflatten(1, space).unsqueeze(-1).expand(*tokens.shape[:1], *space, like.shape[-1])
+    return mix(shown).flatten(1, -2).permute(2, 1, 0)

@@ -1,0 +1,238 @@
+"""Sparse softmax attention = pattern x engine: the pattern says which keys a query may see, the engine computes.
+
+| `impl`      | what it forms                    | serves                                       |
+|-------------|----------------------------------|----------------------------------------------|
+| `reference` | all N x M weights under a mask   | everything; the definition                   |
+| `tiled`     | tiles of queries x their regions | everything, memory linear in N; CPU and CUDA |
+| `auto`      | `tiled`                          | every device, forward and backward           |
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from saccade.errors import InputError, check_choice
+from saccade.ops.check import check_attention
+from saccade.ops.pattern import Pattern
+from saccade.ops.position_bias import PositionBias
+from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
+
+__all__ = ["sparse_attention", "sparse_attention_weights"]
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | PositionBias | None = ...,
+    extra_key: Tensor | None = ...,
+    extra_value: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | PositionBias | None = ...,
+    extra_key: Tensor | None = ...,
+    extra_value: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> AttentionResult: ...
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | PositionBias | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | AttentionResult:
+    """Softmax attention of every query over the keys that a pattern lets it see.
+
+    Args:
+        query: (B, heads, *space, D), one to three axes of space.
+        key: (B, kv_heads, *key_space, D); `pattern.key_space(space)` is usually `space` itself. kv_heads divides
+            heads, and query head t uses key head t // (heads / kv_heads).
+        value: (B, kv_heads, *key_space, E).
+        pattern: which keys a query sees.
+        bias: added to the logits: a PositionBias, or floats that broadcast to (B, heads, N, M), tokens in row-major
+            order ("reference" alone, since it is N x M itself).
+        extra_key, extra_value: (B, kv_heads, extra, D) and (..., E), seen by all queries besides the pattern's keys,
+            without bias.
+        scale: factor of q.k, D^-0.5 by default.
+        return_lse: also return the log-sum-exp over all visible keys, (B, heads, *space).
+        impl: see the table above.
+
+    Returns: (B, heads, *space, E) in the dtype of the inputs, or AttentionResult.
+    Raises: InputError for shapes that do not fit the pattern, or an `impl` that cannot serve the call.
+
+    >>> from saccade.ops import Window
+    >>> x = torch.arange(4.0).reshape(1, 1, 4, 1)
+    >>> sparse_attention(torch.zeros(1, 1, 4, 1), x, x, Window(2)).flatten()  # no preference: the mean of the window
+    tensor([0.5000, 0.5000, 2.5000, 2.5000])
+    """
+    space = _check(query, key, value, pattern, extra_key, extra_value)
+    check_choice("impl", impl, ("auto", "tiled", "reference"))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = query.flatten(2, -2), key.flatten(2, -2), value.flatten(2, -2)
+    need_lse = return_lse or extra_key is not None
+    if impl == "reference":
+        result = attend(query, key, value, _dense_added(query, pattern, space, bias), scale)
+    elif isinstance(bias, Tensor):
+        raise InputError(
+            f"bias is a tensor {tuple(bias.shape)} and impl is {impl!r}: a dense bias has N x M entries, which only "
+            "impl='reference' forms. Give a PositionBias such as RelativeTable"
+        )
+    elif bias is None and pattern.sees_all(space):
+        result = _dense(query, key, value, None, scale, need_lse)
+    else:
+        result = _tiled(query, key, value, pattern, space, bias, scale, need_lse)
+    if extra_key is not None and extra_value is not None:
+        result = merge_attention([attend(query, extra_key, extra_value, None, scale), result])
+    out = result.out.unflatten(2, space)
+    return AttentionResult(out, result.lse.unflatten(2, space)) if return_lse else out
+
+
+def sparse_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | PositionBias | None = None,
+    extra_key: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Form the weights with which `sparse_attention` averages, (B, heads, N, extra + M): N x M memory, for looking at.
+
+    The extra keys, where there are any, stand first.
+    """
+    space = _check(query, key, key, pattern, extra_key, extra_key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key = query.flatten(2, -2), key.flatten(2, -2)
+    added = _dense_added(query, pattern, space, bias)
+    if extra_key is not None:
+        key = torch.cat([extra_key, key], 2)
+        added = torch.nn.functional.pad(added, (extra_key.shape[2], 0))
+    return attention_weights(query, key, added, scale)
+
+
+def _dense_added(query: Tensor, pattern: Pattern, space: tuple[int, ...], bias: Tensor | PositionBias | None) -> Tensor:
+    """Bias with -inf at hidden keys, broadcastable to (B, heads, N, M)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if isinstance(bias, PositionBias):
+        offset = pattern.offset(space).to(query.device)
+        bias = bias(query.to(dtype).unsqueeze(1), offset.unsqueeze(1)).squeeze(-4)  # the map is a single tile
+    visible = pattern.mask(space).to(query.device)
+    return torch.where(visible, torch.zeros((), dtype=dtype, device=query.device) if bias is None else bias, -torch.inf)
+
+
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    space: tuple[int, ...],
+    bias: PositionBias | None,
+    scale: float,
+    need_lse: bool,
+) -> AttentionResult:
+    """Gather tiles of queries and their regions of keys, and attend inside each: all tensors are linear in N.
+
+    Tiles join the batch, (B T, heads, Q, D), where all share one mask; otherwise the batch joins the heads,
+    (T, B heads, Q, D), so that a mask for each tile need not be repeated for each image.
+    """
+    batch, heads = query.shape[:2]
+    plan = pattern.plan(space, query.device)
+    dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
+    added = pattern.plan_hidden(space, dtype, query.device)  # (T | 1, 1, Q, K)
+    offset = None if bias is None else pattern.plan_offset(space, query.device)
+    shared = len(added) == 1 and (offset is None or offset.shape[1] == 1)
+    gather = _gather_into_batch if shared else _gather_into_heads
+    query, key, value = gather(query, plan.query), gather(key, plan.key), gather(value, plan.key)
+    if bias is not None and offset is not None:
+        term = bias(query, offset)
+        if not shared and term.shape[1] == heads:
+            term = term.repeat(1, batch, 1, 1)
+        added = added + term
+    result = _dense(query, key, value, added, scale, need_lse)
+    scatter = _scatter_from_batch if shared else _scatter_from_heads
+    out = scatter(result.out, plan.slot, batch)
+    lse = scatter(result.lse.unsqueeze(-1), plan.slot, batch).squeeze(-1) if need_lse else result.lse
+    return AttentionResult(out, lse)
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float, need_lse: bool
+) -> AttentionResult:
+    """Fused attention; with the log-sum-exp, which fused kernels do not give with a gradient, as its equation."""
+    if need_lse:
+        return attend(query, key, value, added, scale)
+    return AttentionResult(fused(query, key, value, added, scale), query.new_empty(0))
+
+
+def _gather_into_batch(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, heads, N, D) to (B T, heads, Q, D), by rows that hold all heads of a token: no copy for channels-last x."""
+    batch, heads, _, dim = x.shape
+    tokens = x.transpose(1, 2).flatten(2)
+    return tokens.index_select(1, rows.flatten()).view(batch * len(rows), -1, heads, dim).transpose(1, 2)
+
+
+def _gather_into_heads(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, heads, N, D) to (T, B heads, Q, D), by rows that hold all heads of a token in all images."""
+    dim = x.shape[-1]
+    tokens = x.permute(2, 0, 1, 3).flatten(1)
+    return tokens.index_select(0, rows.flatten()).view(*rows.shape, -1, dim).transpose(1, 2)
+
+
+def _scatter_from_batch(tiles: Tensor, slot: Tensor | None, batch: int) -> Tensor:
+    """(B T, heads, Q, D) back to (B, heads, N, D)."""
+    _, heads, _, dim = tiles.shape
+    tokens = tiles.transpose(1, 2).reshape(batch, -1, heads * dim)
+    tokens = tokens if slot is None else tokens.index_select(1, slot)
+    return tokens.unflatten(-1, (heads, dim)).transpose(1, 2)
+
+
+def _scatter_from_heads(tiles: Tensor, slot: Tensor | None, batch: int) -> Tensor:
+    """(T, B heads, Q, D) back to (B, heads, N, D)."""
+    dim = tiles.shape[-1]
+    tokens = tiles.transpose(1, 2).flatten(0, 1).flatten(1)
+    tokens = tokens if slot is None else tokens.index_select(0, slot)
+    return tokens.unflatten(-1, (batch, -1, dim)).permute(1, 2, 0, 3)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, extra_key: Tensor | None, extra_value: Tensor | None
+) -> tuple[int, ...]:
+    check_attention(query, key, value)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern is {type(pattern).__name__}: give a Pattern such as Window(7)")
+    if not 4 <= query.ndim <= 6:
+        raise InputError(f"query is {tuple(query.shape)}: give (B, heads, *space, D) with one to three axes of space")
+    space, keys = tuple(query.shape[2:-1]), tuple(key.shape[2:-1])
+    expected = pattern.key_space(space)
+    if keys != expected:
+        raise InputError(f"key has space {keys}: {pattern} with queries on {space} takes keys on {expected}")
+    if (extra_key is None) != (extra_value is None):
+        raise InputError("extra_key and extra_value go together: give both or none")
+    if extra_key is not None and extra_value is not None:
+        check_attention(query.flatten(2, -2), extra_key, extra_value, axes=1)
+    return space
