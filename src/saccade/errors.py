@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["InputError", "WorkError", "check_choice", "nearest"]
+__all__ = ["DivergedError", "InputError", "WorkError", "check_choice", "nearest"]
 
 
 class InputError(ValueError):
@@ -12,6 +12,10 @@ class InputError(ValueError):
 
 class WorkError(RuntimeError):
     """The call was right and the work failed: a diverged loss, a full disk. The command line exits with 1."""
+
+
+class DivergedError(WorkError):
+    """Training met a loss that is NaN or infinite."""
 
 
 def nearest(given: str, choices: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 Mixers and gates call `record` with a function that makes the tensor; it is called only while a tap watches the
 module, so watching costs nothing outside the `with`. Nothing is attached to the model: a tap is a table of module
-identities on a stack of this thread.
+identities on a stack of this thread. Compiled modules run eagerly inside the `with`, since a graph records nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from saccade.errors import check_choice
@@ -84,6 +85,8 @@ def watched(module: nn.Module, kind: str) -> bool:
 
 def record(module: nn.Module, kind: str, make: Callable[[], Tensor]) -> None:
     """Show `make()` to every tap that watches `module`; without one, `make` is not called."""
+    if torch.compiler.is_compiling():
+        return
     watching = [tap for tap in _ACTIVE.get() if kind in tap.kinds and id(module) in tap.names]
     if not watching:
         return
@@ -125,7 +128,8 @@ def tap(
     mine = _Tap(wanted, frozenset(kinds), detach)
     token = _ACTIVE.set((*_ACTIVE.get(), mine))
     try:
-        yield mine.seen
+        with torch.compiler.set_stance("force_eager"):
+            yield mine.seen
     finally:
         _ACTIVE.reset(token)
     if not mine.seen:

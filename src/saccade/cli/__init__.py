@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(command, str(error), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(command, f"{where}{error.strerror or error}. Check the path, its permissions and free space", 1)
+        return _complain(
+            command, f"{where}{error.strerror or error}. Check the path, its permissions and free space", 1
+        )
     except KeyboardInterrupt:
         return _complain(command, "stopped; the same command goes on where it was, where the command can", 130)
 
@@ -64,7 +66,10 @@ def build_parser(name: str) -> Any:
 
     module = _module(name)
     parser = ArgumentParser(
-        prog=f"saccade {name}", description=COMMANDS[name] + ".", epilog=f"example: {module.EXAMPLE}", exit_on_error=True
+        prog=f"saccade {name}",
+        description=COMMANDS[name] + ".",
+        epilog=f"example: {module.EXAMPLE}",
+        exit_on_error=True,
     )
     parser.add_argument("--config", action="config", help="take arguments from a YAML file (see --print_config)")
     module.arguments(parser)

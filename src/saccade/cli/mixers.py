@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+from saccade.cli.shared import add_json, emit, emit_table
+
 EXAMPLE = "saccade mixers --json"
 
 
 def arguments(parser: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    add_json(parser)
 
 
 def run(args: Any) -> int:
@@ -15,13 +17,7 @@ def run(args: Any) -> int:
 
     mixers = {name: describe_mixer(name) for name in list_mixers()}
     if args.json:
-        print(json.dumps(mixers, indent=2))
+        emit(json.dumps(mixers, indent=1))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("mixer", "what it does", title="Mixers")
-    for name, summary in mixers.items():
-        table.add_row(name, summary)
-    Console().print(table)
+    emit_table("Mixers", ("mixer", "what it does"), mixers.items())
     return 0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from saccade import taps
 from saccade.errors import InputError
-from saccade.mixers.mixer import Mixer, choose_heads, merge_heads, split_heads
+from saccade.mixers.mixer import Mixer, choose_heads, even_size, merge_heads, split_heads
 from saccade.ops import (
     Global,
     Grid,
@@ -126,8 +126,8 @@ class _TableAttention(PatternAttention):
     """Attention inside blocks of a given size, with a learned bias for each head and relative position.
 
     Args:
-        window_size: tokens of a block along each axis. None takes 7, or the whole axis where the map is smaller; a
-            size that is asked for and larger than the map is an error.
+        window_size: tokens of a block along each axis. None takes at most 7, so that an axis is cut into as few
+            blocks as possible of about equal size; a size that is asked for and larger than the map is an error.
         axes: axes of space, which the table needs to know; 2 for images.
         position_bias: learn a number for each head and offset inside a block (Swin's relative position bias).
         options: as for PatternAttention.
@@ -189,8 +189,8 @@ class NeighborhoodAttention(PatternAttention):
     Strides are those of generalized neighborhood attention (2025, arXiv:2504.16922).
 
     Args:
-        window_size: tokens that a query sees along each axis. None takes 7, or the whole axis where the map is
-            smaller; a size that is asked for and larger than the map is an error.
+        window_size: tokens that a query sees along each axis. None takes 7, half of an axis of 8 to 13 tokens, and
+            the whole of a smaller one; a size that is asked for and larger than the map is an error.
         stride, dilation, causal: as in `saccade.ops.Neighborhood`.
     """
 
@@ -218,22 +218,26 @@ class NeighborhoodAttention(PatternAttention):
         sizes = self.window_size
         if sizes is None:
             dilation = per_axis("dilation", self.dilation, len(space))
-            sizes = tuple(max(1, min(DEFAULT_WINDOW, length // d)) for length, d in zip(space, dilation))
+            groups = [max(1, length // d) for length, d in zip(space, dilation)]
+            sizes = tuple(
+                even_size(length, DEFAULT_WINDOW) if length < 2 * DEFAULT_WINDOW else DEFAULT_WINDOW
+                for length in groups
+            )
         return Neighborhood(sizes, self.stride, self.dilation, self.causal)
 
 
 def fit_window(name: str, size: Sizes | None, space: tuple[int, ...]) -> tuple[int, ...]:
-    """One size for each axis: as asked, which must fit the map, or the default cut to the map.
+    """One size for each axis: as asked, which must fit the map, or at most the default.
 
-    >>> fit_window("window_size", None, (4, 20))
-    (4, 7)
+    >>> fit_window("window_size", None, (4, 8))
+    (4, 4)
     """
     if size is None:
-        return tuple(min(DEFAULT_WINDOW, length) for length in space)
+        return tuple(even_size(length, DEFAULT_WINDOW) for length in space)
     sizes = per_axis(name, size, len(space))
     if any(s > length for s, length in zip(sizes, space)):
         raise InputError(
             f"{name} is {sizes} and the map is {space}: a window must fit into the map. Take a smaller window, "
-            f"or {name}=None, which takes {DEFAULT_WINDOW} or the whole axis"
+            f"or {name}=None, which takes what fits"
         )
     return sizes

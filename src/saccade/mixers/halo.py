@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from saccade import taps
 from saccade.errors import InputError
-from saccade.mixers.mixer import Mixer, choose_heads, merge_heads, split_heads
+from saccade.mixers.mixer import Mixer, choose_heads, even_size, merge_heads, split_heads
 from saccade.ops import Halo, QueryTables, sparse_attention, sparse_attention_weights
 
 __all__ = ["HaloAttention"]
@@ -22,8 +22,8 @@ class HaloAttention(Mixer):
     Args:
         dim: C, channels of a token.
         num_heads: attention heads; None takes one for each 32 channels.
-        block_size: tokens of a block along each axis. None takes 8, or the whole axis where the map is smaller; a
-            size that is asked for and larger than the map is an error. The last block may be smaller.
+        block_size: tokens of a block along each axis. None takes at most 8, so that an axis is cut into two or more
+            blocks of about equal size; a size that is asked for and larger than the map is an error.
         halo_size: tokens that a block sees beyond itself on every side.
         stride: 1, or 2 to keep every second query along each axis: the output is then half the map.
         avg_down: with stride 2, attend with all queries and average 2 x 2; an odd block does so in any case.
@@ -98,13 +98,13 @@ class HaloAttention(Mixer):
     def pattern(self, space: tuple[int, ...]) -> Halo:
         """Blocks and halo for a map with these axes."""
         if self.block_size is None:
-            block = tuple(min(DEFAULT_BLOCK, length) for length in space)
+            block = tuple(even_size(length, DEFAULT_BLOCK, fewest=2) for length in space)
         else:
             block = (self.block_size,) * len(space)
             if self.block_size > min(space):
                 raise InputError(
                     f"block_size is {self.block_size} and the map is {space}: a block must fit into the map. "
-                    f"Take a smaller block, or block_size=None, which takes {DEFAULT_BLOCK} or the whole axis"
+                    "Take a smaller block, or block_size=None, which takes what fits"
                 )
         return Halo(block, self.halo_size, padded=True, query_stride=self.query_stride, ragged=True)
 

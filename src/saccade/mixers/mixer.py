@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saccade import taps
 from saccade.errors import InputError
 
-__all__ = ["Mixer", "choose_heads", "merge_heads", "probe", "split_heads"]
+__all__ = ["Mixer", "choose_heads", "even_size", "merge_heads", "probe", "split_heads"]
 
 
 class Mixer(nn.Module, ABC):
@@ -78,6 +78,16 @@ def choose_heads(dim: int, num_heads: int | None) -> int:
             f"num_heads is {heads} and dim is {dim}: the heads share the channels evenly. Take one of {divisors}"
         )
     return heads
+
+
+def even_size(length: int, largest: int, *, fewest: int = 1) -> int:
+    """The size of blocks that cover an axis: as few as possible of at most `largest` tokens, all about equal.
+
+    >>> even_size(8, 7), even_size(56, 7), even_size(5, 7)
+    (4, 7, 5)
+    """
+    blocks = max(-(-length // largest), min(fewest, length))
+    return -(-length // blocks)
 
 
 def probe(mix: Callable[[Tensor], Tensor], space: tuple[int, ...], like: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def agent_attention(
     Returns: (B, heads, N, E) in the dtype of the inputs.
     Raises: InputError for shapes that do not fit.
 
+    >>> import torch
     >>> x = torch.arange(4.0).reshape(1, 1, 4, 1)
     >>> agent_attention(torch.zeros(1, 1, 2, 1), x, x, torch.zeros(1, 1, 3, 1)).flatten()  # agents without preference
     tensor([1.5000, 1.5000])

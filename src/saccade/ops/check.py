@@ -52,7 +52,7 @@ def check_positive(**values: int | tuple[int, ...]) -> None:
     saccade.errors.InputError: window_size is (7, 0): give an integer of at least 1, or one for each axis
     """
     for name, value in values.items():
-        if not all(isinstance(v, int) and v >= 1 for v in (value if isinstance(value, tuple) else (value,))):
+        if not all(isinstance(v, int) and v >= 1 for v in (value if isinstance(value, (tuple, list)) else (value,))):
             raise InputError(f"{name} is {value}: give an integer of at least 1, or one for each axis")
 
 

@@ -7,8 +7,11 @@ that the engine computes, and the cost.
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +27,26 @@ SMALLEST_BLOCK = 4  # queries an axis; blocks smaller than that are computed as 
 TILE_TOKENS = 64  # queries in a tile: enough to fill a matrix product, few enough that little of the region is wasted
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _constant(keep: bool) -> Callable[[Method], Method]:
+    """Make a method of (space, *args) a constant to a compiler, which cannot trace the numpy in it; `keep` caches it.
+
+    A compiler may hold a pattern that is not built yet: class and fields go in its place.
+    """
+
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def answer(self: "Pattern", space: Space, *args: Any) -> Any:
+            options = tuple(getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
+            return _answer(keep, method, type(self), _static(options), _static(space), args)[0]
+
+        return cast(Method, answer)
+
+    return decorate
+
+
 class Ranges(NamedTuple):
     """What the queries of one axis see: query x sees keys start[x], start[x] + step, ... below stop[x].
 
@@ -31,7 +54,8 @@ class Ranges(NamedTuple):
         start, stop: (N,) integers.
         step: distance of two neighbouring visible keys.
         keys: number of keys on the axis.
-        origin: (N,) integers; the relative position of key y to query x is (y - origin[x]). None: origin[x] = x.
+        origin: (N,) integers; the relative position of key y to query x is (y - origin[x]) / step, so that position
+            tables count what is visible: a grid's or a dilated window's neighbours are 1 apart. None: origin[x] = x.
     """
 
     start: NDArray[np.int64]
@@ -84,20 +108,22 @@ class Pattern(ABC):
     def build_plan_offset(self, space: Space) -> Tensor:
         """(axes, T, Q, K), the offsets of the plan's tiles, on the CPU; T is 1 where all tiles agree."""
 
+    @_constant(keep=True)
     def plan(self, space: Space, device: torch.device | str = "cpu") -> Plan:
         """The tiles in which the engine computes, cached by pattern, space and device."""
-        plan: Plan = _constant("plan", self, _static(space), str(device), None)
-        return plan
+        query, key, visible, slot = self.build_plan(space)
+        return Plan(query.to(device), key.to(device), visible.to(device), None if slot is None else slot.to(device))
 
+    @_constant(keep=True)
     def plan_offset(self, space: Space, device: torch.device | str = "cpu") -> Tensor:
         """(axes, T, Q, K), the offsets of the plan's tiles, cached likewise."""
-        offset: Tensor = _constant("plan_offset", self, _static(space), str(device), None)
-        return offset
+        return self.build_plan_offset(space).to(device)
 
+    @_constant(keep=True)
     def plan_hidden(self, space: Space, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """(T, 1, Q, K), 0 where the plan's keys are visible and -inf elsewhere, cached likewise."""
-        hidden: Tensor = _constant("plan_hidden", self, _static(space), str(device), dtype)
-        return hidden
+        visible = self.plan(space, device).visible.unsqueeze(1)
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
 
 class AxialPattern(Pattern):
@@ -113,18 +139,22 @@ class AxialPattern(Pattern):
             raise InputError("space is (): a pattern needs at least one axis. Give (length,), (height, width) or three")
         return [self.ranges(axis, len(space), length) for axis, length in enumerate(space)]
 
+    @_constant(keep=True)
     def key_space(self, space: Space) -> Space:
         return tuple(ranges.keys for ranges in self.all_ranges(space))
 
+    @_constant(keep=True)
     def sees_all(self, space: Space) -> bool:
         return all((r.stop - r.start == r.keys).all() and r.step == 1 for r in self.all_ranges(space))
 
+    @_constant(keep=False)
     def mask(self, space: Space) -> Tensor:
         mask = np.ones((1, 1), dtype=bool)
         for ranges in self.all_ranges(space):
             mask = _outer(mask, _visible(ranges, np.arange(len(ranges.start)), np.arange(ranges.keys)), np.logical_and)
         return torch.tensor(mask)
 
+    @_constant(keep=False)
     def offset(self, space: Space) -> Tensor:
         per_axis = [_offset(r, np.arange(len(r.start)), np.arange(r.keys)) for r in self.all_ranges(space)]
         return torch.tensor(_spread(per_axis))
@@ -170,7 +200,7 @@ def _visible(ranges: Ranges, query: NDArray[np.int64], key: NDArray[np.int64]) -
 
 def _offset(ranges: Ranges, query: NDArray[np.int64], key: NDArray[np.int64]) -> NDArray[np.int64]:
     origin = query if ranges.origin is None else ranges.origin[query]
-    return key[..., None, :] - origin[..., None]
+    return (key[..., None, :] - origin[..., None]) // ranges.step
 
 
 def _tile_axis(ranges: Ranges, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -228,34 +258,37 @@ def _shared(per_tile: NDArray, axis: int) -> NDArray:
     return first if (per_tile == first).all() else per_tile
 
 
-def _static(space: Space) -> Space:
-    """Plain integers: a compiler that traces with symbolic sizes specialises on them here."""
-    return tuple(index(length) for length in space)
+def _static(value: Any) -> Any:
+    """Plain numbers: a compiler that traces with symbolic sizes specialises on them here."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_static(each) for each in value)
+    return index(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
 
 
-_CONSTANTS: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-_KEPT_CONSTANTS = 512
+_KEPT: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_MOST_KEPT = 2048
 
 
-@torch.compiler.assume_constant_result  # depends on the shape alone: compiled graphs hold it as a constant
-def _constant(kind: str, pattern: Pattern, space: Space, device: str, dtype: torch.dtype | None) -> Any:
-    where = (kind, pattern, space, device, dtype)
-    if where in _CONSTANTS:
-        _CONSTANTS.move_to_end(where)
-        return _CONSTANTS[where]
-    value: Any
+@torch.compiler.assume_constant_result
+def _answer(
+    keep: bool, method: Callable[..., Any], kind: type[Pattern], options: Any, space: Space, args: Any
+) -> tuple[Any]:
+    """A tuple of one, since a compiler confuses bare tensors of two calls (torch 2.13)."""
+    question = (method, kind, options, space, args)
+    if question in _KEPT:
+        _KEPT.move_to_end(question)
+        return (_KEPT[question],)
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward pass
-        if kind == "plan":
-            query, key, visible, slot = pattern.build_plan(space)
-            slot = None if slot is None else slot.to(device)
-            value = Plan(query.to(device), key.to(device), visible.to(device), slot)
-        elif kind == "plan_offset":
-            value = pattern.build_plan_offset(space).to(device)
-        else:
-            visible = pattern.plan(space, device).visible.unsqueeze(1)
-            value = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
-    if type(value if isinstance(value, Tensor) else value.query) is Tensor:  # not the fake tensors of a trace
-        _CONSTANTS[where] = value
-        if len(_CONSTANTS) > _KEPT_CONSTANTS:
-            _CONSTANTS.popitem(last=False)
-    return value
+        value = method(kind(*options), space, *args)
+    if keep and _is_real(value):
+        _KEPT[question] = value
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.popitem(last=False)
+    return (value,)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether no part is the fake tensor of a trace."""
+    if isinstance(value, tuple):
+        return all(map(_is_real, value))
+    return not isinstance(value, Tensor) or type(value) is Tensor

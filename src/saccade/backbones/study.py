@@ -1,0 +1,171 @@
+"""A plain network for fair comparison of mixers: convolutional stem, stages of (mixer, MLP) blocks, mean pooling.
+
+Whatever the mixer, everything else stays the same. Fixed sine-cosine positions after the stem give every mixer the
+same knowledge of place, at any image size.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.backbones.backbone import Backbone, DropPath, FeatureInfo
+from saccade.errors import InputError
+from saccade.mixers import create_mixer
+
+__all__ = ["VARIANTS", "StudyNet"]
+
+
+class StudyNet(Backbone):
+    """The study's network.
+
+    Args:
+        mixer: a name that `create_mixer` takes.
+        mixer_options: its options, the same in every block.
+        dims: channels of the stages; each stage has half the map of the one before.
+        depths: blocks of the stages.
+        patch_size: input pixels along each side of a token of the first stage, a power of two.
+        mlp_ratio: hidden over outer channels of the MLPs.
+        drop_path_rate: probability of leaving the last block's branches out; earlier ones grow towards it linearly.
+        num_classes: classes; 0 leaves the classifier out.
+        in_chans: channels of the images.
+    """
+
+    def __init__(
+        self,
+        mixer: str = "attention",
+        mixer_options: Mapping[str, Any] | None = None,
+        *,
+        dims: tuple[int, ...] = (64, 128, 256),
+        depths: tuple[int, ...] = (2, 2, 2),
+        patch_size: int = 4,
+        mlp_ratio: float = 2.0,
+        drop_path_rate: float = 0.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        if len(dims) != len(depths):
+            raise InputError(f"dims is {dims} and depths is {depths}: give one of each for every stage")
+        self.stem = _stem(in_chans, dims[0], patch_size)
+        make_mixer = partial(create_mixer, mixer, **(mixer_options or {}))
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.stages = nn.ModuleList()
+        for stage, (dim, depth) in enumerate(zip(dims, depths)):
+            down = nn.Identity() if stage == 0 else _Downsample(dims[stage - 1], dim)
+            blocks = [_Block(dim, make_mixer, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+            self.stages.append(_Stage(down, nn.Sequential(*blocks)))
+        self.norm = nn.LayerNorm(dims[-1])
+        self.num_features = dims[-1]
+        self.feature_info = FeatureInfo(
+            {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
+            for stage, dim in enumerate(dims)
+        )
+        self.reset_classifier(num_classes)
+
+    def forward_stages(self, images: Tensor) -> list[Tensor]:
+        if images.ndim != 4:
+            raise InputError(f"images is {tuple(images.shape)}: give a batch (B, {self.stem[0].in_channels}, H, W)")
+        x = self.stem(images).permute(0, 2, 3, 1)  # channels last from here: (B, H, W, C)
+        x = x + sine_positions(x)
+        maps = []
+        for stage in self.stages:
+            assert isinstance(stage, _Stage)
+            x = self.run_blocks(stage.blocks, stage.downsample(x))
+            maps.append(x)
+        maps[-1] = self.norm(maps[-1])
+        return [x.permute(0, 3, 1, 2) for x in maps]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that order parameters from input to output, for layer-wise learning rates."""
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(block, None), (r"^norm", (99999,))]}
+
+
+class _Stage(nn.Module):
+    """Blocks on one map, after the step down from the map before."""
+
+    downsample: nn.Module
+    blocks: nn.Sequential
+
+    def __init__(self, downsample: nn.Module, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = blocks
+
+
+class _Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), channels last."""
+
+    def __init__(self, dim: int, make_mixer: partial[Any], mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = make_mixer(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, token by token."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class _Downsample(nn.Module):
+    """A norm and a strided 3 x 3 convolution: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C')."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reduction(self.norm(x).permute(0, 3, 1, 2))
+        return out.permute(0, 2, 3, 1)
+
+
+def _stem(in_chans: int, dim: int, patch_size: int) -> nn.Sequential:
+    """Strided 3 x 3 convolutions, one for each halving, with half the channels until the last."""
+    halvings = int(math.log2(patch_size)) if patch_size >= 1 else 0
+    if patch_size < 2 or 2**halvings != patch_size:
+        raise InputError(f"patch_size is {patch_size}: the stem halves the image a few times. Take 2, 4, 8 or 16")
+    layers: list[nn.Module] = []
+    for step in range(halvings):
+        width = dim if step == halvings - 1 else dim // 2
+        layers += [nn.Conv2d(in_chans, width, 3, stride=2, padding=1), nn.GELU()]
+        in_chans = width
+    return nn.Sequential(*layers[:-1])
+
+
+def sine_positions(x: Tensor) -> Tensor:
+    """Sines and cosines of row and column, (H, W, C), for a map x (B, H, W, C); wavelengths 2 pi to 20000 pi tokens."""
+    height, width, dim = x.shape[1:]
+    quarter = -(-dim // 4)
+    wavelength = 10000 ** (torch.arange(quarter, device=x.device, dtype=torch.float32) / quarter)
+    rows = torch.arange(height, device=x.device)[:, None, None] / wavelength
+    columns = torch.arange(width, device=x.device)[None, :, None] / wavelength
+    parts = [rows.sin(), rows.cos(), columns.sin(), columns.cos()]
+    return torch.cat([part.expand(height, width, -1) for part in parts], -1)[..., :dim].to(x.dtype)
+
+
+VARIANTS = {
+    "study_xxs": partial(StudyNet, dims=(32, 64), depths=(1, 2)),
+    "study_xs": partial(StudyNet, dims=(64, 128, 256), depths=(2, 2, 2)),
+    "study_s": partial(StudyNet, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2)),
+}

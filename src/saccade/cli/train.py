@@ -1,0 +1,65 @@
+"""`saccade train`: train one network on your images."""
+
+import json
+from typing import Any
+
+from saccade.cli.shared import DATA_HELP, ProgressLine, add_json, add_training, emit
+
+EXAMPLE = "saccade train digits --mixer window --epochs 2 --out digits-window"
+
+
+def arguments(parser: Any) -> None:
+    parser.add_argument("data", type=str, help=DATA_HELP)
+    parser.add_argument("--model", type=str, default="study_xxs", help="a network of `saccade models`")
+    parser.add_argument("--mixer", type=str, default="attention", help="its mixer: a name, or name(option=value)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order of images, augmentation")
+    parser.add_argument("--out", type=str | None, default=None, help="output folder; by default train-NAME-MIXER")
+    add_training(parser, learning_rate=3e-3)
+    add_json(parser)
+
+
+def run(args: Any) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from saccade.backbones import create_model
+    from saccade.data import load_images
+    from saccade.study import default_epochs, parse_mixer
+    from saccade.training import TrainSettings, fit
+
+    mixer = parse_mixer(args.mixer)
+    data = load_images(args.data, image_size=args.image_size)
+    epochs = args.epochs or default_epochs(len(data.train), args.batch_size)
+    options: dict[str, Any] = {"mixer": mixer.name, "mixer_options": mixer.options}
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, num_classes=len(data.classes), **options)
+    settings = TrainSettings(
+        epochs=epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_epochs=max(1, epochs // 10),
+        augment=args.augment,
+        seed=args.seed,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        nodes=args.nodes,
+        strategy=args.strategy,
+    )
+    folder = Path(args.out or f"train-{Path(args.data).name}-{mixer.folder}")
+    progress = ProgressLine()
+    progress.start(epochs)
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        progress.show(f"{mixer.label}, epoch {row['epoch'] + 1} of {epochs}", f"{100 * row['val_accuracy']:.1f} %")
+        progress.advance(1)
+
+    with progress.shown():
+        result = fit(model, data, settings, folder, on_epoch=on_epoch, config={"model": args.model, "options": options})
+    if args.json:
+        found = {"accuracy": result.accuracy, "seconds": result.seconds, "checkpoint": str(result.checkpoint)}
+        emit(json.dumps({**found, "history": result.history}, indent=1))
+    else:
+        emit(f"{100 * result.accuracy:.1f} % of {len(data.val)} held-out images right after {result.seconds:.0f} s")
+        emit(f"Checkpoint: {result.checkpoint}")
+    return 0

@@ -1,0 +1,8 @@
+"""Images with classes, from a folder, a Hugging Face dataset or the bundled sets, ready to train on and to look at."""
+
+from saccade.data.augment import Augment, normalize
+from saccade.data.decode import read_image
+from saccade.data.images import ImageData, Images, Skipped
+from saccade.data.load import load_images
+
+__all__ = ["Augment", "ImageData", "Images", "Skipped", "load_images", "normalize", "read_image"]
