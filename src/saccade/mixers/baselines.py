@@ -10,6 +10,7 @@ from saccade.mixers.mixer import Mixer, probe
 __all__ = ["DepthwiseConv", "Pooling"]
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -17,7 +18,7 @@ class DepthwiseConv(Mixer):
     """A depthwise convolution and a linear layer: fixed local weights for each channel (as in ConvNeXt, Liu et al.,
     2022, arXiv:2201.03545).
 
-    Its token matrix has a head for each channel, and leaves the linear layer and the biases out.
+    Its token matrix is the mean over channels, and leaves the linear layer and the biases out.
 
     Args:
         dim: C, channels of a token.
@@ -48,9 +49,13 @@ class DepthwiseConv(Mixer):
         return out
 
     def _token_matrix(self, x: Tensor) -> Tensor:
-        space = tuple(x.shape[1:-1])
-        bias = 0 if self.conv.bias is None else self.conv.bias
-        return probe(lambda tokens: self._convolve(tokens) - bias, space, x).expand(len(x), -1, -1, -1)
+        mean = self.conv.weight.mean(0, keepdim=True)  # one matrix: those of all channels would take C times the memory
+        convolve = _CONVOLVE[x.ndim - 2]
+
+        def mix(tokens: Tensor) -> Tensor:
+            return convolve(tokens.movedim(-1, 1), mean, padding=self.conv.padding).movedim(1, -1)
+
+        return probe(mix, tuple(x.shape[1:-1]), x[..., :1]).expand(len(x), -1, -1, -1)
 
 
 class Pooling(Mixer):

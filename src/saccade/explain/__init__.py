@@ -1,0 +1,32 @@
+"""Where a model looks, and whether to believe it: maps of relevance, their faithfulness, their pictures.
+
+`explain` makes a map with any of `list_methods()`, `faithfulness` holds it against random order, `overlay` draws it.
+The package itself can be called as `explain`, because `saccade.explain` names both.
+"""
+
+import sys
+from types import ModuleType
+
+from saccade.explain.attribute import Explanation, explain, list_methods
+from saccade.explain.faithfulness import Faithfulness, Score, faithfulness
+from saccade.explain.overlay import overlay, save_overlay
+
+__all__ = [
+    "Explanation",
+    "Faithfulness",
+    "Score",
+    "explain",
+    "faithfulness",
+    "list_methods",
+    "overlay",
+    "save_overlay",
+]
+
+
+class _CallablePackage(ModuleType):
+    """An import of this package puts the package, not the function, at `saccade.explain`: both can be called there."""
+
+    __call__ = staticmethod(explain)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,105 @@
+"""`explain`: one signature for every method that says which pixels a model's answer rests on."""
+
+import inspect
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from saccade.errors import InputError, WorkError, check_choice, nearest
+from saccade.explain import methods
+from saccade.explain.classifier import check_images, check_whole, evaluating, read_target
+
+__all__ = ["Explanation", "explain", "list_methods"]
+
+_METHODS = {name: getattr(methods, name) for name in methods.__all__}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        map: (B, H, W), relevance of each pixel; its unit and whether it has a sign are the method's.
+        target: (B,) long, the class that each map is about.
+        method: name of the method.
+        layer: name of the module that the method read, given or found; None for methods that read none.
+        error: (B,), for methods whose map should sum to a known difference of logits, by how much the sum is off, in
+            logits; None for others.
+        seconds: time the method took, without the prediction of `target`.
+    """
+
+    map: Tensor
+    target: Tensor
+    method: str
+    layer: str | None
+    error: Tensor | None
+    seconds: float
+
+
+def list_methods() -> list[str]:
+    """The names that `explain` takes as `method`, sorted."""
+    return sorted(_METHODS)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    method: str = "integrated_gradients",
+    target: int | Tensor | None = None,
+    layer: str | None = None,
+    batch_size: int = 32,
+    **options: Any,
+) -> Explanation:
+    """Say how much each pixel of each image adds to the logit of one class.
+
+    Args:
+        model: any module that maps (B, 3, H, W) to logits (B, classes). It runs in eval mode; its parameters may be
+            frozen; modes, gradients and hooks are afterwards as they were.
+        images: (B, 3, H, W), floats normalised as in training; other numbers of channels pass where the model takes
+            them.
+        method: one of `list_methods()`. The default costs 50 gradient passes, needs no layer, and says by how much it
+            is wrong.
+        target: class index, or (B,) of them; None explains the predicted classes.
+        layer: module name, for methods that read one; None lets the method find it and say which.
+        batch_size: the most images in one forward pass, which bounds memory.
+        options: the method's own, such as `steps` of integrated_gradients; see the functions in
+            `saccade.explain.methods`.
+
+    Returns: Explanation with maps (B, H, W) on the images' device, in their dtype.
+    Raises: InputError for wrong images, target, layer, method or options, and for a model that returns no logits;
+        WorkError when the model or the map is NaN or infinite.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+    >>> _ = nn.init.ones_(model[1].weight)
+    >>> found = explain(model, torch.tensor([[[[1.0]], [[2.0]], [[-0.5]]]]), target=0)
+    >>> round(found.map.item(), 4)  # a linear model: weight times input, summed over channels
+    2.5
+    """
+    check_choice("method", method, _METHODS)
+    check_images(images)
+    check_whole("batch_size", batch_size)
+    options |= {} if layer is None else {"layer": layer}
+    _check_options(method, options)
+    with evaluating(model, grad=True) as classify:
+        images = images.detach().clone()  # a tensor made in inference mode could not be differentiated
+        chosen = read_target(target, classify, images, batch_size)
+        start = time.perf_counter()
+        found = _METHODS[method](classify, images, chosen, batch_size=batch_size, **options)
+    if not found.map.isfinite().all():
+        raise WorkError(
+            f"the map of {method} holds NaN or infinite values: look for them in the model's activations and gradients"
+        )
+    return Explanation(found.map.detach(), chosen, method, found.layer, found.error, time.perf_counter() - start)
+
+
+def _check_options(method: str, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(_METHODS[method]).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "batch_size"]
+    for name in options:
+        if name not in known:
+            hint = nearest(name, known) if known else "it has no options"
+            raise InputError(f"{name!r} is no option of {method}: {hint}")

@@ -1,0 +1,129 @@
+"""The parts of a study that follow training: what a network costs, where it looks, and how far to believe that."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.data import ImageData, normalize
+from saccade.explain import explain, faithfulness, save_overlay
+from saccade.measure import (
+    count_bytes,
+    count_flops,
+    count_parameters,
+    measure_peak_memory,
+    measure_scaling,
+    measure_time,
+)
+from saccade.study.settings import StudySettings
+
+__all__ = ["explain_part", "measure_part"]
+
+FAITHFUL = "integrated_gradients"  # the method whose faithfulness is measured: it needs no layer, and states its error
+PICTURES = ("attention_rollout", FAITHFUL)
+
+
+def measure_part(model: nn.Module, image_size: int, batch_size: int) -> dict[str, Any]:
+    """What a network costs on the device on which it is.
+
+    Returns: params; flops, bytes and latency of one image; throughput and the peak memory of a training step for a
+        batch; and how FLOPs and time grow with the side of the image.
+    """
+    image = torch.randn(1, 3, image_size, image_size)
+    batch = torch.randn(batch_size, 3, image_size, image_size)
+    with torch.no_grad():
+        latency = measure_time(lambda: model(image), repeats=30)
+        whole = measure_time(lambda: model(batch), repeats=5, warmup=1, min_seconds=0.05)
+
+    def step() -> None:
+        torch.autograd.grad(model(batch).float().logsumexp(-1).sum(), list(model.parameters()), allow_unused=True)
+
+    sides = _sides(image_size)
+    scaling = measure_scaling(model, sides)
+    return {
+        "params": count_parameters(model),
+        "flops": count_flops(model, image).total,
+        "bytes": count_bytes(model, image),
+        "latency_ms": {name: 1e3 * getattr(latency, name) for name in ("median", "low", "high")} | {"batch": 1},
+        "throughput": whole.throughput(batch_size),
+        "peak_memory_mib": measure_peak_memory(step).bytes / 2**20,
+        "scaling": {
+            "sides": list(sides),
+            "flops": list(scaling.flops),
+            "milliseconds": [1e3 * seconds for seconds in scaling.seconds],
+            "flops_exponent": vars(scaling.flops_exponent),
+            "time_exponent": vars(scaling.time_exponent),
+        },
+    }
+
+
+def explain_part(model: nn.Module, data: ImageData, folder: Path, name: str, settings: StudySettings) -> dict[str, Any]:
+    """Where a network looks: pictures of a few held-out images, and the faithfulness of the maps on more of them.
+
+    Returns: gallery and faithfulness, as in results.json; pictures go to gallery/NAME in `folder`.
+    """
+    chosen = spread_over_classes(data.val.labels, settings.pictured)
+    pixels = torch.stack([data.val[i][0] for i in chosen])
+    images = normalize(pixels, data.mean, data.std)
+    with torch.no_grad():
+        probability, predicted = model(images).softmax(-1).max(-1)
+    maps = {method: explain(model, images, method=method, batch_size=8).map for method in PICTURES}
+    gallery = []
+    for row, index in enumerate(chosen):
+        place = f"gallery/{name}/{row:02d}"
+        shown = _enlarged(pixels[row])
+        save_picture(folder / f"{place}_input.png", shown)
+        overlays = {}
+        for method in PICTURES:
+            overlays[method] = f"{place}_{method}.png"
+            save_overlay(folder / overlays[method], shown, _enlarged(maps[method][row : row + 1])[0])
+        gallery.append(
+            {
+                "image": f"{place}_input.png",
+                "overlays": overlays,
+                "label": data.classes[int(data.val.labels[index])],
+                "predicted": data.classes[int(predicted[row])],
+                "probability": float(probability[row]),
+            }
+        )
+    return {"gallery": gallery, "faithfulness": _faithfulness(model, data, settings.explained)}
+
+
+def spread_over_classes(labels: Tensor, count: int) -> list[int]:
+    """Choose images in turn from each class, first ones first, so that few images show many classes.
+
+    >>> spread_over_classes(torch.tensor([0, 0, 0, 1, 1, 2]), 4)
+    [0, 1, 3, 5]
+    """
+    places = [torch.nonzero(labels == label).flatten().tolist() for label in labels.unique()]
+    turns = [place for turn in range(max(map(len, places))) for places_ in places for place in places_[turn : turn + 1]]
+    return sorted(turns[:count])
+
+
+def save_picture(path: Path, pixels: Tensor) -> None:
+    """Write (3, H, W) uint8 as a picture."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, Any]:
+    chosen = spread_over_classes(data.val.labels, count)
+    images = normalize(torch.stack([data.val[i][0] for i in chosen]), data.mean, data.std)
+    found = faithfulness(model, images, explain(model, images, method=FAITHFUL, steps=20), steps=10)
+    scores = {name: vars(getattr(found, name)) for name in ("deletion", "insertion", "abpc")}
+    return {"method": FAITHFUL, "images": len(chosen), **scores, "verdict": found.verdict}
+
+
+def _sides(image_size: int) -> tuple[int, ...]:
+    """Image sides for the growth of cost: around the study's own, up to where a global mixer still ends soon."""
+    factors = (1, 1.5, 2, 3, 4) if image_size <= 96 else (0.5, 0.75, 1, 1.5, 2)
+    return tuple(16 * max(1, round(image_size * factor / 16)) for factor in factors)
+
+
+def _enlarged(map: Tensor, least: int = 128) -> Tensor:
+    """Small maps (C, H, W) as larger ones with visible pixels."""
+    factor = -(-least // max(map.shape[-2:]))
+    return map.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
