@@ -3,7 +3,16 @@
 import json
 from typing import Any
 
-from saccade.cli.shared import DATA_HELP, ProgressLine, add_json, add_training, emit, emit_table
+from saccade.cli.shared import (
+    DATA_HELP,
+    ProgressLine,
+    add_json,
+    add_training,
+    emit,
+    emit_table,
+    name_skipped,
+    output_folder,
+)
 
 EXAMPLE = "saccade study digits --mixers window,attention --epochs 2 --seeds 1 --out study-of-digits"
 
@@ -14,7 +23,7 @@ def arguments(parser: Any) -> None:
         "--mixers",
         type=str | None,
         default=None,
-        help="names with commas between them; all by default (see `saccade mixers`)",
+        help="names with commas between, or all; by default the eight common ones",
     )
     parser.add_argument("--backbone", type=str, default="study_xxs", help="study_xxs, study_xs or study_s")
     parser.add_argument("--seeds", type=int, default=2, help="times that each mixer is trained")
@@ -24,8 +33,6 @@ def arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    from pathlib import Path
-
     from saccade.study import StudySettings, parse_mixers, run_study
 
     settings = StudySettings(
@@ -43,9 +50,12 @@ def run(args: Any) -> int:
         nodes=args.nodes,
         strategy=args.strategy,
     )
-    folder = Path(args.out or f"study-{Path(args.data).name}")
+    folder = output_folder(args.out, args.data, "study-{}")
     with ProgressLine().shown() as progress:
         results = run_study(settings, folder, command=args.command, progress=progress)
+    if not results:  # another process of this study has them
+        return 0
+    name_skipped(results["data"]["skipped"])
     if args.json:
         emit(json.dumps(results, indent=1))
     else:

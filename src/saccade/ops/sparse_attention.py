@@ -14,8 +14,9 @@ from torch import Tensor
 
 from saccade.errors import InputError, check_choice
 from saccade.ops.check import check_attention
-from saccade.ops.pattern import Pattern
+from saccade.ops.pattern import Pattern, Plan
 from saccade.ops.position_bias import PositionBias
+from saccade.ops.selection import Selection, block_order
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
@@ -102,6 +103,8 @@ def sparse_attention(
             f"bias is a tensor {tuple(bias.shape)} and impl is {impl!r}: a dense bias has N x M entries, which only "
             "impl='reference' forms. Give a PositionBias such as RelativeTable"
         )
+    elif isinstance(pattern, Selection):
+        result = _selected(query, key, value, pattern, space, bias, scale, need_lse)
     elif bias is None and pattern.sees_all(space):
         result = _dense(query, key, value, None, scale, need_lse)
     else:
@@ -175,9 +178,44 @@ def _tiled(
         added = added + term
     result = _dense(query, key, value, added, scale, need_lse)
     scatter = _scatter_from_batch if shared else _scatter_from_heads
-    out = scatter(result.out, plan.slot, batch)
-    lse = scatter(result.lse.unsqueeze(-1), plan.slot, batch).squeeze(-1) if need_lse else result.lse
+    out = scatter(result.out, plan, batch, heads)
+    lse = scatter(result.lse.unsqueeze(-1), plan, batch, heads).squeeze(-1) if need_lse else result.lse
     return AttentionResult(out, lse)
+
+
+def _selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    space: tuple[int, ...],
+    bias: PositionBias | None,
+    scale: float,
+    need_lse: bool,
+) -> AttentionResult:
+    """Gather for each block of queries the key blocks that were selected for it: (B heads T, 1, Q, D) each."""
+    if bias is not None:
+        raise InputError("bias is given with a Selection: only impl='reference' adds one there")
+    batch, heads = query.shape[:2]
+    rows = block_order(space, selection.query_block, query.device)
+    columns = block_order(selection.key_space(space), selection.key_block, query.device)
+    blocks, used = (x.expand(batch, heads, -1, -1) for x in (selection.blocks, selection.used))
+    first = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * len(columns)
+    number = (blocks + first).flatten()  # of a block among those of all images and heads
+
+    def gather(x: Tensor) -> Tensor:
+        x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, columns.flatten()]
+        found = x.unflatten(2, tuple(columns.shape)).flatten(0, 2).index_select(0, number)
+        return found.view(-1, 1, blocks.shape[-1] * columns.shape[1], x.shape[-1])
+
+    tiles = query[:, :, rows.flatten()].unflatten(2, tuple(rows.shape)).flatten(0, 2).unsqueeze(1)
+    visible = used.flatten(0, 2).repeat_interleave(columns.shape[1], -1)[:, None, None]
+    dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=query.device).masked_fill(~visible, -torch.inf)
+    result = _dense(tiles, gather(key), gather(value), hidden, scale, need_lse)
+    back = rows.flatten().argsort()
+    out = result.out.view(batch, heads, -1, value.shape[-1])[:, :, back]
+    return AttentionResult(out, result.lse.view(batch, heads, -1)[:, :, back] if need_lse else result.lse)
 
 
 def _dense(
@@ -193,30 +231,29 @@ def _gather_into_batch(x: Tensor, rows: Tensor) -> Tensor:
     """(B, heads, N, D) to (B T, heads, Q, D), by rows that hold all heads of a token: no copy for channels-last x."""
     batch, heads, _, dim = x.shape
     tokens = x.transpose(1, 2).flatten(2)
-    return tokens.index_select(1, rows.flatten()).view(batch * len(rows), -1, heads, dim).transpose(1, 2)
+    return tokens.index_select(1, rows.flatten()).view(batch * len(rows), rows.shape[1], heads, dim).transpose(1, 2)
 
 
 def _gather_into_heads(x: Tensor, rows: Tensor) -> Tensor:
     """(B, heads, N, D) to (T, B heads, Q, D), by rows that hold all heads of a token in all images."""
-    dim = x.shape[-1]
+    batch, heads, _, dim = x.shape
     tokens = x.permute(2, 0, 1, 3).flatten(1)
-    return tokens.index_select(0, rows.flatten()).view(*rows.shape, -1, dim).transpose(1, 2)
+    return tokens.index_select(0, rows.flatten()).view(*rows.shape, batch * heads, dim).transpose(1, 2)
 
 
-def _scatter_from_batch(tiles: Tensor, slot: Tensor | None, batch: int) -> Tensor:
+def _scatter_from_batch(tiles: Tensor, plan: Plan, batch: int, heads: int) -> Tensor:
     """(B T, heads, Q, D) back to (B, heads, N, D)."""
-    _, heads, _, dim = tiles.shape
-    tokens = tiles.transpose(1, 2).reshape(batch, -1, heads * dim)
-    tokens = tokens if slot is None else tokens.index_select(1, slot)
+    dim = tiles.shape[-1]
+    tokens = tiles.transpose(1, 2).reshape(batch, plan.query.numel(), heads * dim)
+    tokens = tokens if plan.slot is None else tokens.index_select(1, plan.slot)
     return tokens.unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
-def _scatter_from_heads(tiles: Tensor, slot: Tensor | None, batch: int) -> Tensor:
+def _scatter_from_heads(tiles: Tensor, plan: Plan, batch: int, heads: int) -> Tensor:
     """(T, B heads, Q, D) back to (B, heads, N, D)."""
-    dim = tiles.shape[-1]
     tokens = tiles.transpose(1, 2).flatten(0, 1).flatten(1)
-    tokens = tokens if slot is None else tokens.index_select(0, slot)
-    return tokens.unflatten(-1, (batch, -1, dim)).permute(1, 2, 0, 3)
+    tokens = tokens if plan.slot is None else tokens.index_select(0, plan.slot)
+    return tokens.unflatten(-1, (batch, heads, tiles.shape[-1])).permute(1, 2, 0, 3)
 
 
 def _check(

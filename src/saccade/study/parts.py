@@ -1,5 +1,6 @@
 """The parts of a study that follow training: what a network costs, where it looks, and how far to believe that."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saccade.measure import (
     measure_time,
 )
 from saccade.study.settings import StudySettings
+from saccade.training.checkpoint import make_folder, write_whole
 
 __all__ = ["explain_part", "measure_part"]
 
@@ -105,8 +107,10 @@ def save_picture(path: Path, pixels: Tensor) -> None:
     """Write (3, H, W) uint8 as a picture."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(encoded, path.suffix.removeprefix("."))
+    make_folder(path.parent)
+    write_whole(path, encoded.getvalue())
 
 
 def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, Any]:
@@ -118,9 +122,11 @@ def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, An
 
 
 def _sides(image_size: int) -> tuple[int, ...]:
-    """Image sides for the growth of cost: around the study's own, up to where a global mixer still ends soon."""
-    factors = (1, 1.5, 2, 3, 4) if image_size <= 96 else (0.5, 0.75, 1, 1.5, 2)
-    return tuple(16 * max(1, round(image_size * factor / 16)) for factor in factors)
+    """Image sides for the growth of cost: from the study's own, below which a window may not fit the map, up to where a
+    global mixer still ends soon."""
+    factors = (1, 1.5, 2, 3, 4) if image_size <= 96 else (1, 1.25, 1.5, 1.75, 2)
+    least = 16 * -(-image_size // 16)
+    return tuple(int(least * factor) for factor in factors)
 
 
 def _enlarged(map: Tensor, least: int = 128) -> Tensor:

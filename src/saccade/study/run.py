@@ -29,7 +29,7 @@ from saccade.study.runs import Epoch, Run, train_runs
 from saccade.study.settings import MixerChoice, StudySettings, default_epochs
 from saccade.study.verdict import accuracy_interval, recommend
 from saccade.training import FitResult, TrainSettings
-from saccade.training.checkpoint import make_folder, write_whole
+from saccade.training.checkpoint import make_folder, saving_failed, write_whole
 from saccade.training.launch import is_first_process
 
 __all__ = ["Progress", "Study", "run_study"]
@@ -75,7 +75,8 @@ def run_study(
     Raises: InputError for data, mixers or options that cannot be served, before anything is trained; WorkError for a
         full disk. A mixer whose loss diverges is reported as failed, and the study goes on.
     """
-    return Study(settings, Path(folder), command, progress or _Silent()).run()
+    told = progress if progress and is_first_process() else _Silent()
+    return Study(settings, Path(folder), command, told).run()
 
 
 @dataclass
@@ -92,11 +93,11 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Do every part that is not done, and write the results."""
+        self._try_models()  # first: a call that cannot work leaves no folder behind
         make_folder(self.folder)
         with _alone_in(self.folder):
             if is_first_process():
                 self._claim_folder()
-            self._try_models()
             choices = self.settings.choices
             self.progress.start(len(choices) * (self.settings.seeds * self.epochs + 2 * _OTHER_PARTS))
             self._train()
@@ -127,11 +128,14 @@ class Study:
         asked["fingerprint of the data"] = self.data.fingerprint
         file = self.folder / "study.json"
         if not file.exists():
-            if any(path.name != _LOCK for path in self.folder.iterdir()):
+            if any(not path.name.startswith(".") for path in self.folder.iterdir()):  # such as an unfinished part
                 raise InputError(f"{self.folder} is not empty and holds no study: give a new folder with --out")
             write_whole(file, json.dumps(asked, indent=1).encode())
             return
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise InputError(f"{file} is damaged: give another folder with --out") from None
         changes = [
             f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in asked.items()
@@ -172,7 +176,8 @@ class Study:
         """Train what is not trained, and read all results."""
         seeds = range(self.settings.seeds)
         runs = [self._run(choice, seed) for seed in seeds for choice in self.settings.choices]
-        done: dict[Run, int] = dict.fromkeys(runs, 0)
+        done = {run: self.epochs if run.finished else 0 for run in runs}
+        self.progress.advance(sum(done.values()))
 
         def on_epoch(run: Run, epoch: Epoch) -> None:
             epochs = epoch["epoch"] + 1
@@ -181,7 +186,9 @@ class Study:
             self.accuracies[run.label, run.settings.seed] = epoch["val_accuracy"]
             self._show(f"{run.label}, seed {run.settings.seed}, epoch {epochs} of {self.epochs}")
 
-        self._show(f"training {len(runs)} networks, {self.epochs} epochs each")
+        waiting = sum(not run.finished for run in runs)
+        if waiting:
+            self._show(f"training {waiting} networks, {self.epochs} epochs each")
         for run, result in train_runs(runs, self.data, on_epoch).items():
             self.progress.advance(self.epochs - done[run])
             if isinstance(result, DivergedError):
@@ -206,12 +213,16 @@ class Study:
         _copy_checkpoint(fits[0].checkpoint, self.folder / weights)
         model = create_model(self.settings.backbone, pretrained=str(self.folder / weights)).eval()
         data, settings = self.data, self.settings
-        self._show(f"{choice.label}, measuring what it costs")
-        costs = self._once(choice, "costs", lambda: measure_part(model, data.image_size, settings.batch_size))
-        self.progress.advance(_OTHER_PARTS)
-        self._show(f"{choice.label}, looking where it looks")
-        looks = self._once(choice, "looks", lambda: explain_part(model, data, self.folder, choice.folder, settings))
-        self.progress.advance(_OTHER_PARTS)
+
+        def measure() -> dict[str, Any]:
+            self._show(f"{choice.label}, measuring what it costs")
+            return measure_part(model, data.image_size, settings.batch_size)
+
+        def look() -> dict[str, Any]:
+            self._show(f"{choice.label}, looking where it looks")
+            return explain_part(model, data, self.folder, choice.folder, settings)
+
+        costs, looks = self._once(choice, "costs", measure), self._once(choice, "looks", look)
         interval = accuracy_interval([fit.correct.numpy() for fit in fits])
         seeds = [
             {"seed": seed, "accuracy": fit.accuracy, "train_seconds": fit.seconds, "history": fit.history}
@@ -234,6 +245,7 @@ class Study:
         file = self.folder / "runs" / choice.folder / f"{part}.json"
         if not file.exists():
             write_whole(file, json.dumps(make(), indent=1).encode())
+        self.progress.advance(_OTHER_PARTS)
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
@@ -263,21 +275,27 @@ class Study:
         return results
 
 
-_LOCK = "study.lock"
-
-
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system lets go of however this process ends."""
-    lock = FileLock(folder / _LOCK)
+    """Hold the folder's lock, which the system lets go of however this process ends. Only the first process of several
+    takes it: the others work for the same study."""
+    if not is_first_process():
+        yield
+        return
+    file = folder / ".study.lock"
+    lock = FileLock(file)
     try:
-        lock.acquire(timeout=0 if is_first_process() and "LOCAL_RANK" not in os.environ else -1)
+        lock.acquire(timeout=0)
     except Timeout:
         raise InputError(
             f"another study is running in {folder}: wait for it, or give another folder with --out"
         ) from None
-    with lock:
+    except OSError as error:
+        raise saving_failed(file, error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 _OTHER_PARTS = 2.0  # epochs that measuring, or explaining, takes about as long as

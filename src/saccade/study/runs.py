@@ -5,11 +5,13 @@ than from threads, and one thread always ends with the same bits. Elsewhere runs
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +25,7 @@ from torch import nn
 
 from saccade.backbones import create_model
 from saccade.data import ImageData
-from saccade.errors import DivergedError
+from saccade.errors import DivergedError, WorkError
 from saccade.training import FitResult, TrainSettings, fit
 
 __all__ = ["Epoch", "Run", "train_runs"]
@@ -49,6 +51,11 @@ class Run:
     settings: TrainSettings
     folder: Path
 
+    @property
+    def finished(self) -> bool:
+        """Whether `fit` has left its result, which it writes last."""
+        return (self.folder / "result.json").exists()
+
     def build(self, num_classes: int) -> nn.Module:
         """The network with its first weights."""
         torch.manual_seed(self.settings.seed)
@@ -65,9 +72,10 @@ def train_runs(runs: list[Run], data: ImageData, on_epoch: OnEpoch) -> dict[Run,
 
     Returns: each run's result, or the error of one whose loss diverged.
     """
-    processes = min(len(runs), _processes(runs[0].settings))
+    waiting = [run for run in runs if not run.finished]
+    processes = min(len(waiting), _processes(runs[0].settings))
     if processes > 1:
-        _train_at_once(runs, data, on_epoch, processes)
+        _train_at_once(waiting, data, on_epoch, processes)
     found: dict[Run, FitResult | DivergedError] = {}
     with _threads(1) if _on_cpu(runs[0].settings) else _threads(torch.get_num_threads()):
         for run in runs:  # those that are finished are only read
@@ -100,10 +108,16 @@ def _train_at_once(runs: list[Run], data: ImageData, on_epoch: OnEpoch, processe
                     on_epoch(runs[number], epoch)
                 for future in done:
                     future.result()  # raises what the run raised
+        except BrokenProcessPool:
+            raise WorkError(
+                "a training process was ended from outside, as systems do when memory runs out. What was saved before "
+                "is intact. Make room and start again with the same command, or take smaller batches or images"
+            ) from None
         except BaseException:
+            workers = list(pool._processes.values())  # which shutdown forgets
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
-                process.kill()
+            for worker in workers:
+                worker.kill()
             raise
 
 
@@ -119,6 +133,7 @@ _HERE: dict[str, Any] = {}  # of a worker process
 
 
 def _prepare(data: ImageData, told: "Queue[tuple[int, Epoch]]", parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the study ends its own
     torch.set_num_threads(1)
     _HERE.update(data=data, told=told)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -11,6 +11,7 @@ from saccade.mixers import list_mixers
 __all__ = ["MixerChoice", "StudySettings", "default_epochs", "parse_mixer", "parse_mixers"]
 
 
+DEFAULT_MIXERS = ("attention", "window", "grid", "halo", "neighborhood", "agent", "depthwise_conv", "pooling")
 STEPS = 300  # of a training run whose number of epochs was left open
 
 
@@ -72,6 +73,8 @@ class StudySettings:
                 raise InputError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"epochs is {self.epochs}: give a whole number of at least 1")
+        if not self.mixers:
+            raise InputError(f"no mixer is named: give one or more of {', '.join(list_mixers())}")
         folders = [choice.folder for choice in self.choices]
         if len(set(folders)) < len(folders):
             raise InputError(f"mixers are {', '.join(self.mixers)}: one is named twice. Name each once")
@@ -92,14 +95,25 @@ def default_epochs(images: int, batch_size: int) -> int:
 
 
 def parse_mixers(text: str | None) -> tuple[str, ...]:
-    """Split a comma-separated list of mixers, where options in brackets may have commas of their own; None is all.
+    """Split a comma-separated list of mixers, where options in brackets may have commas of their own.
 
-    >>> parse_mixers("window, neighborhood(window_size=5, dilation=2)")
-    ('window', 'neighborhood(window_size=5, dilation=2)')
+    None takes the eight that a first look needs: `DEFAULT_MIXERS`; "all" takes every mixer there is.
+
+    >>> parse_mixers("window, neighborhood(window_size=(3, 5), dilation=2)")
+    ('window', 'neighborhood(window_size=(3, 5), dilation=2)')
     """
     if text is None:
+        return DEFAULT_MIXERS
+    if text.strip() == "all":
         return tuple(list_mixers())
-    return tuple(part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip())
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def parse_mixer(text: str) -> MixerChoice:
@@ -108,15 +122,18 @@ def parse_mixer(text: str) -> MixerChoice:
     >>> parse_mixer("neighborhood(window_size=5)").options
     {'window_size': 5}
     """
+    name, bracket, _ = text.partition("(")
+    check_choice("mixer", name.strip(), list_mixers())
+    return MixerChoice(text, name.strip(), _parse_options(text) if bracket else {})
+
+
+def _parse_options(text: str) -> dict[str, Any]:
     try:
-        tree = ast.parse(text, mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        if not isinstance(call.func, ast.Name) or call.args:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise InputError(
-            f"mixer is {text!r}: write a name, or name(option=value): neighborhood(window_size=5)"
+            f"mixer is {text!r}: write a name, or name(option=value), such as neighborhood(window_size=5)"
         ) from None
-    check_choice("mixer", call.func.id, list_mixers())
-    return MixerChoice(text, call.func.id, options)

@@ -1,0 +1,190 @@
+"""Patterns made from data: each block of queries sees the blocks of keys that a selector chose for it.
+
+A selector turns scores of (query block, key block) pairs into a `Selection`, the pattern with which `sparse_attention`
+computes. With blocks of one token a selection is a list of keys for each query. Selecting is not differentiable;
+gradients flow to the queries, keys and values that meet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.errors import InputError, check_choice
+from saccade.ops.check import check_positive, per_axis
+from saccade.ops.pattern import Pattern, Plan
+
+__all__ = ["Selection", "block_means", "select_mask", "select_mass", "select_top_k"]
+
+SCOPES = ("query", "head", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection(Pattern):
+    """For each image, head and block of queries a list of key blocks; an entry may be unused.
+
+    Args:
+        blocks: (B, heads | 1, T, K) numbers of key blocks, in row-major order of the blocks. No block twice in a row.
+        used: (B, heads | 1, T, K) booleans, which entries count; a row without any sees nothing and gives 0.
+        query_block: tokens of a query block, one number or one for each axis, which divides the map.
+        key_block: the same for the keys.
+        key_size: the axes of the keys' map; None where it is that of the queries.
+    """
+
+    blocks: Tensor
+    used: Tensor
+    query_block: int | tuple[int, ...] = 1
+    key_block: int | tuple[int, ...] = 1
+    key_size: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(query_block=self.query_block, key_block=self.key_block)
+        if self.blocks.ndim != 4 or self.used.shape != self.blocks.shape:
+            raise InputError(
+                f"blocks is {tuple(self.blocks.shape)} and used is {tuple(self.used.shape)}: "
+                "both take (B, heads or 1, query blocks, entries)"
+            )
+
+    def key_space(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        keys = space if self.key_size is None else self.key_size
+        for name, block, axes in (("query_block", self.query_block, space), ("key_block", self.key_block, keys)):
+            for length, size in zip(axes, per_axis(name, block, len(axes))):
+                if length % size:
+                    raise InputError(f"{name} is {block} and the map is {axes}: blocks must divide it. Pad the map")
+        if self.blocks.shape[2] != num_blocks(space, self.query_block):
+            raise InputError(
+                f"blocks is {tuple(self.blocks.shape)}, for {self.blocks.shape[2]} query blocks: a map {space} "
+                f"in blocks of {self.query_block} has {num_blocks(space, self.query_block)}"
+            )
+        return keys
+
+    def sees_all(self, space: tuple[int, ...]) -> bool:
+        return False  # it may, but to know that would wait for the device
+
+    def mask(self, space: tuple[int, ...]) -> Tensor:
+        """The truth: (B, heads | 1, N, M) booleans."""
+        keys = self.key_space(space)
+        pairs = self.blocks.new_zeros(*self.blocks.shape[:3], num_blocks(keys, self.key_block), dtype=torch.bool)
+        # scatter_reduce, not scatter: an unused entry may repeat the number of a used one
+        pairs = pairs.byte().scatter_reduce(-1, self.blocks, self.used.byte(), "amax").bool()
+        rows = block_order(space, self.query_block, pairs.device)
+        columns = block_order(keys, self.key_block, pairs.device)
+        tokens = pairs.repeat_interleave(rows.shape[1], 2).repeat_interleave(columns.shape[1], 3)
+        return tokens[:, :, rows.flatten().argsort()][..., columns.flatten().argsort()]
+
+    def offset(self, space: tuple[int, ...]) -> Tensor:
+        """(axes, N, M) distance of key and query along each axis."""
+        rows, columns = (_places(axes, self.blocks.device) for axes in (space, self.key_space(space)))
+        return columns[:, None, :] - rows[:, :, None]
+
+    def build_plan(self, space: tuple[int, ...]) -> Plan:
+        raise InputError("a selection has no plan of its own: its tiles differ for each image and head")
+
+    def build_plan_offset(self, space: tuple[int, ...]) -> Tensor:
+        raise InputError("a selection has no plan of its own: its tiles differ for each image and head")
+
+
+def block_order(space: tuple[int, ...], block: int | tuple[int, ...], device: torch.device) -> Tensor:
+    """(T, Q) numbers of the tokens in each block, blocks and tokens in row-major order."""
+    sizes = per_axis("block", block, len(space))
+    tokens = torch.arange(torch.Size(space).numel(), device=device).view(space)
+    for axis, size in reversed(list(enumerate(sizes))):
+        tokens = tokens.unflatten(axis, (-1, size))
+    axes = len(space)
+    return tokens.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).flatten(axes).flatten(0, axes - 1)
+
+
+def num_blocks(space: tuple[int, ...], block: int | tuple[int, ...]) -> int:
+    """How many blocks cover a map that they divide."""
+    return torch.Size([n // size for n, size in zip(space, per_axis("block", block, len(space)))]).numel()
+
+
+def block_means(x: Tensor, block: int | tuple[int, ...]) -> Tensor:
+    """Mean of the tokens of each block: (B, heads, *space, D) to (B, heads, T, D), for scores of blocks."""
+    space = tuple(x.shape[2:-1])
+    rows = block_order(space, block, x.device)
+    return x.flatten(2, -2)[:, :, rows.flatten()].unflatten(2, tuple(rows.shape)).mean(3)
+
+
+def select_top_k(scores: Tensor, count: int, *, scope: str = "query", **blocks: int | tuple[int, ...]) -> Selection:
+    """Select the highest scores.
+
+    Args:
+        scores: (B, heads | 1, T, M) of query block and key block; -inf is never selected.
+        count: pairs for each query block on average; with scope "query" exactly, with "head" they compete within a
+            head, with "all" within an image.
+        blocks: query_block and key_block of the `Selection`, and key_size.
+
+    Returns: Selection. Where fewer finite scores are left than `count`, it has fewer; equal scores go to the lower
+        block.
+
+    >>> select_top_k(torch.tensor([[[[1.0, 3.0, 2.0]]]]), 2).blocks.flatten().sort().values
+    tensor([1, 2])
+    """
+    _check_scores(scores, scope)
+    if scope == "query":
+        # a stable sort, so that ties do not depend on the device
+        order = torch.sort(scores.detach(), dim=-1, descending=True, stable=True)
+        kept = min(count, scores.shape[-1])
+        return Selection(order.indices[..., :kept], order.values[..., :kept] != -torch.inf, **blocks)  # type: ignore[arg-type]
+    pool = _pool(scores, scope)
+    order = torch.sort(pool, dim=-1, descending=True, stable=True)
+    kept = min(count * pool.shape[-1] // scores.shape[-1], pool.shape[-1])
+    chosen = torch.zeros_like(pool, dtype=torch.bool).scatter(-1, order.indices[..., :kept], True)
+    return select_mask((chosen & (pool != -torch.inf)).view_as(scores), **blocks)
+
+
+def select_mass(scores: Tensor, mass: float, *, scope: str = "query", **blocks: int | tuple[int, ...]) -> Selection:
+    """Select the highest scores until their softmax weights add up to `mass`, at least one.
+
+    Args:
+        scores: (B, heads | 1, T, M); -inf is never selected.
+        mass: above 0, at most 1.
+        scope: the softmax and the sum run over the key blocks of a query block ("query"), over all pairs of a head, or
+            of an image ("all").
+        blocks: as in `select_top_k`.
+
+    >>> select_mass(torch.tensor([[[[0.0, 5.0, 0.0]]]]), 0.9).used.sum().item()  # one block has nearly everything
+    1
+    """
+    _check_scores(scores, scope)
+    if not 0 < mass <= 1:
+        raise InputError(f"mass is {mass}: give a share above 0 and at most 1")
+    pool = _pool(scores, scope)
+    weights = pool.double().softmax(-1).nan_to_num(0.0)  # a row of -inf alone selects nothing
+    order = torch.sort(weights, dim=-1, descending=True, stable=True)
+    before = order.values.cumsum(-1) - order.values
+    chosen = torch.zeros_like(pool, dtype=torch.bool).scatter(-1, order.indices, (before < mass) & (order.values > 0))
+    return select_mask(chosen.view_as(scores), **blocks)
+
+
+def select_mask(mask: Tensor, **blocks: int | tuple[int, ...]) -> Selection:
+    """Select the pairs of query block and key block for which `mask` (B, heads | 1, T, M) is True.
+
+    Every row takes as many entries as the fullest one.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 4:
+        raise InputError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}: give booleans (B, heads or 1, query blocks, key blocks)"
+        )
+    entries = max(1, int(mask.sum(-1).max()))
+    order = torch.sort(mask.byte(), dim=-1, descending=True, stable=True)
+    return Selection(order.indices[..., :entries], order.values[..., :entries].bool(), **blocks)  # type: ignore[arg-type]
+
+
+def _pool(scores: Tensor, scope: str) -> Tensor:
+    """The scores that compete with one another, along the last axis."""
+    return scores.detach().flatten({"query": 3, "head": 2, "all": 1}[scope])
+
+
+def _places(space: tuple[int, ...], device: torch.device) -> Tensor:
+    """(axes, N) coordinates of all tokens."""
+    return torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in space), indexing="ij")).flatten(1)
+
+
+def _check_scores(scores: Tensor, scope: str) -> None:
+    check_choice("scope", scope, SCOPES)
+    if scores.ndim != 4:
+        raise InputError(f"scores is {tuple(scores.shape)}: give (B, heads or 1, query blocks, key blocks)")
+    if scores.isnan().any():
+        raise InputError("scores hold NaN, which cannot be ranked: look for them in the queries and keys")
