@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 
 import saccade
-from saccade.backbones import create_model
+from saccade.backbones import create_model, list_models
 from saccade.data import ImageData, load_images
-from saccade.errors import DivergedError, InputError
+from saccade.errors import DivergedError, InputError, check_choice
 from saccade.mixers import describe_mixer
 from saccade.study.parts import explain_part, measure_part
 from saccade.study.report import write_csv, write_report
@@ -128,7 +128,8 @@ class Study:
         asked["fingerprint of the data"] = self.data.fingerprint
         file = self.folder / "study.json"
         if not file.exists():
-            if any(not path.name.startswith(".") for path in self.folder.iterdir()):  # such as an unfinished part
+            # not foreign: hidden files, such as our lock, and runs that another process of this study has just begun
+            if any(path.name != "runs" and not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise InputError(f"{self.folder} is not empty and holds no study: give a new folder with --out")
             write_whole(file, json.dumps(asked, indent=1).encode())
             return
@@ -146,9 +147,11 @@ class Study:
 
     def _try_models(self) -> None:
         """Build every network and show it an image, so that what cannot work fails before anything is trained."""
+        check_choice("backbone", self.settings.backbone, list_models())
         for choice in self.settings.choices:
+            run = self._run(choice, seed=0)
             try:
-                model = self._run(choice, seed=0).build(len(self.data.classes)).eval()
+                model = run.build(len(self.data.classes)).eval()
                 with torch.no_grad():
                     model(torch.zeros(1, 3, self.data.image_size, self.data.image_size))
             except InputError as error:
@@ -188,7 +191,7 @@ class Study:
 
         waiting = sum(not run.finished for run in runs)
         if waiting:
-            self._show(f"training {waiting} networks, {self.epochs} epochs each")
+            self._show(f"training {waiting} network{'s' * (waiting > 1)}, {self.epochs} epochs each")
         for run, result in train_runs(runs, self.data, on_epoch).items():
             self.progress.advance(self.epochs - done[run])
             if isinstance(result, DivergedError):

@@ -6,8 +6,7 @@ than from threads, and one thread always ends with the same bits. Elsewhere runs
 
 import os
 import signal
-import threading
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -27,6 +26,7 @@ from saccade.backbones import create_model
 from saccade.data import ImageData
 from saccade.errors import DivergedError, WorkError
 from saccade.training import FitResult, TrainSettings, fit
+from saccade.training.launch import end_with
 
 __all__ = ["Epoch", "Run", "train_runs"]
 
@@ -75,7 +75,16 @@ def train_runs(runs: list[Run], data: ImageData, on_epoch: OnEpoch) -> dict[Run,
     waiting = [run for run in runs if not run.finished]
     processes = min(len(waiting), _processes(runs[0].settings))
     if processes > 1:
-        _train_at_once(waiting, data, on_epoch, processes)
+        try:
+            _train_at_once(waiting, data, on_epoch, processes)
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            warnings.warn(
+                "the images do not fit into shared memory (docker run --shm-size=2g gives more), so the networks are "
+                "trained one after the other",
+                stacklevel=2,
+            )
     found: dict[Run, FitResult | DivergedError] = {}
     with _threads(1) if _on_cpu(runs[0].settings) else _threads(torch.get_num_threads()):
         for run in runs:  # those that are finished are only read
@@ -136,14 +145,7 @@ def _prepare(data: ImageData, told: "Queue[tuple[int, Epoch]]", parent: int) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the study ends its own
     torch.set_num_threads(1)
     _HERE.update(data=data, told=told)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the study is killed: nothing may write into its folder after that."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    end_with(parent)
 
 
 def _train_here(number: int, run: Run) -> None:

@@ -25,7 +25,16 @@ __all__ = ["Checkpoint", "read_checkpoint", "save_checkpoint"]
 _FORMAT = 1
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _KINDS = ".safetensors, " + " or ".join((", ".join(_PICKLED[:-1]), _PICKLED[-1]))
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_REFUSED = {  # by the place; other errors are the disk's
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 _WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model")  # averaged weights are the ones that were evaluated
 
 

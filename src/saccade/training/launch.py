@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from saccade.training.module import Report
 
-__all__ = ["is_first_process", "launch"]
+__all__ = ["end_with", "is_first_process", "launch"]
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")  # set by torchrun, srun and by ourselves
-_NOISE = (  # Lightning's warnings about what is meant to be so, or about its own code
+_NOISE = (  # warnings of Lightning and torch about what is meant to be so, or about their own code
     r".*does not have many workers which may be a bottleneck",
     r".*isinstance\(treespec, LeafSpec\)` is deprecated",
     r"(GPU|MPS) available but not used",
+    r"Grad strides do not match bucket view strides",  # of depthwise filters; DDP copies them
 )
 
 
@@ -167,7 +168,7 @@ def _run_in_processes(count: int, task: tuple, report: "Report | None") -> None:
 
 
 def _work(local_rank: int, payload: bytes, port: str, reports: Any, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     os.environ |= {"LOCAL_RANK": str(local_rank), "MASTER_PORT": port}
     os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes all of us for one task of srun
     model, data, settings, last = pickle.loads(payload)
@@ -178,11 +179,15 @@ def _work(local_rank: int, payload: bytes, port: str, reports: Any, parent: int)
         raise
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the caller's was killed: nothing may write into its folder after that."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+def end_with(parent: int) -> None:
+    """Have this process end when its parent is killed: nothing may write into the parent's folder after that."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _pass_on(reports: Any, report: "Report | None") -> None:
