@@ -1,0 +1,53 @@
+"""What claims files are made of, and what checks them. A claims file is a module of the folder above this one."""
+
+from saccade.claims.framework.claim import (
+    Claim,
+    Compare,
+    Outcome,
+    Paper,
+    at_least,
+    at_most,
+    check,
+    claim,
+    describe_error,
+    equal,
+    exact,
+    rounding,
+    show_value,
+)
+from saccade.claims.framework.recorded import (
+    Case,
+    Match,
+    compare,
+    parse_args,
+    play,
+    read_case,
+    relative_difference,
+    replay_parts,
+    run_official,
+)
+
+__all__ = [
+    "Case",
+    "Claim",
+    "Compare",
+    "Match",
+    "Outcome",
+    "Paper",
+    "at_least",
+    "at_most",
+    "check",
+    "claim",
+    "compare",
+    "describe_error",
+    "equal",
+    "exact",
+    "parse_args",
+    "play",
+    "read_case",
+    "relative_difference",
+    "replay_parts",
+    "rounding",
+    "run_official",
+    "show_value",
+]

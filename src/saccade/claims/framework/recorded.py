@@ -1,0 +1,263 @@
+"""Recorded cases of official code: reading one, running our module on it, comparing the results.
+
+A case is NAME.safetensors with NAME.json beside it. Tensors are called `state.*` (official parameters and buffers),
+`in.*`, `out.*`, and `grad.in.*` or `grad.state.*`: gradients of the sum of out * in.cotangent over the outputs that
+have a cotangent. The JSON file says which class ran, and with which arguments.
+"""
+
+import ast
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from saccade.errors import InputError, WorkError
+
+__all__ = [
+    "Case",
+    "Match",
+    "compare",
+    "parse_args",
+    "play",
+    "read_case",
+    "relative_difference",
+    "replay_parts",
+    "run_official",
+]
+
+Tensors = dict[str, Tensor]
+T = TypeVar("T")
+
+_GROUP = r"^((?:grad\.)?(?:in|out|state)\.)"
+_NOISE = 1e-3  # of the largest gradient: what float32 leaves of a gradient that is 0 in theory is far below
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run of official code.
+
+    Attributes:
+        key: the paper's.
+        name: the file's, without its ending.
+        cls: the official class or function.
+        args: its arguments by name; lists are tuples. Empty where the file says them otherwise: see `record`.
+        record: the whole JSON file.
+        tensors: all recorded ones under their full names.
+    """
+
+    key: str
+    name: str
+    cls: str
+    args: dict[str, Any]
+    record: dict[str, Any]
+    tensors: Tensors
+
+    @property
+    def expected(self) -> Tensors:
+        """The results, under their full names: "out.y", "grad.in.x"."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(("out.", "grad."))}
+
+    def build(self, make: Callable[..., T]) -> T:
+        """Call `make`, which has the signature of the official class or function, with the recorded arguments."""
+        try:
+            inspect.signature(make).bind(**self.args)
+        except TypeError as error:
+            raise InputError(f"{self.key}/{self.name} does not fit the signature of {self.cls}: {error}") from error
+        return make(**self.args)
+
+
+def read_case(path: str | Path, key: str | None = None) -> Case:
+    """Read a recorded case from its safetensors file and the JSON file beside it.
+
+    Args:
+        path: NAME.safetensors.
+        key: the paper's; None takes the name of the file's folder.
+
+    Raises: InputError if one of the two files is missing or cannot be read.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    for each in (path, beside):
+        if not each.is_file():
+            raise InputError(f"there is no file {each}: a recorded case is NAME.safetensors with NAME.json beside it")
+    try:
+        tensors, record = load_file(path), json.loads(beside.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} and {beside.name} cannot be read as a recorded case: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{beside} holds no JSON object: give the class and its arguments by name")
+    cls = record.get("class") or record.get("cls") or ""
+    args = record.get("args") or record.get("arguments")
+    known = parse_args(args) if isinstance(args, str | dict) else {}
+    return Case(key or path.resolve().parent.name, path.stem, cls, known, record, tensors)
+
+
+def parse_args(args: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Read recorded arguments: a mapping, or words in which "name value" pairs stand between commas or semicolons.
+
+    Values are Python's numbers, booleans, None, quoted strings and tuples; other words are remarks, and left out.
+
+    >>> parse_args("dim 32, kernel_size (5,3), stride 2 (strided query blocks), qkv_bias True; called with H=W=8")
+    {'dim': 32, 'kernel_size': (5, 3), 'stride': 2, 'qkv_bias': True, 'H': 8, 'W': 8}
+    """
+    if isinstance(args, Mapping):
+        return {name: _as_tuple(value) for name, value in args.items()}
+    found: dict[str, Any] = {}
+    without_remarks = re.sub(r"\([^()]*\)", lambda group: group[0] if _is_literal(group[0]) else "", args)
+    for names, value in _PAIR.findall(without_remarks):
+        if _is_literal(value):
+            found |= dict.fromkeys(re.findall(r"\w+", names), _as_tuple(ast.literal_eval(value)))
+    return found
+
+
+_PAIR = re.compile(
+    r"""
+    ((?:[^\W\d]\w*\s*=\s*)+|[^\W\d]\w*\s+)  # name, or several: H=W=8
+    (\((?:[^()]|\([^()]*\))*\)|\[[^\]]*\]|'[^']*'|"[^"]*"|[-+.\w]+)  # value
+    (?=\s*(?:[,;]|$))
+    """,
+    re.VERBOSE,
+)
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
+    """Run `forward(state, inputs)` on a case; return its outputs and the recorded gradients under the recorded names.
+
+    Args:
+        case: its `state.*` and `in.*` go to `forward` without these words, under their official names. Renaming and
+            reshaping the state inside `forward` is differentiated too, so that gradients come out in official shapes.
+        forward: returns outputs by name, without "out.". Where one `cotangent` is recorded and not one an output, it
+            belongs to the first.
+    """
+    wanted = [name for name in case.expected if name.startswith("grad.")]
+    leaves = {
+        name: tensor.clone().requires_grad_(bool(wanted) and tensor.is_floating_point())
+        for name, tensor in case.tensors.items()
+        if name.startswith(("state.", "in."))
+    }
+    state, inputs = (
+        {name.removeprefix(group): leaf for name, leaf in leaves.items() if name.startswith(group)}
+        for group in ("state.", "in.")
+    )
+    with torch.set_grad_enabled(bool(wanted)):
+        outputs = forward(state, inputs)
+    results = {f"out.{name}": output.detach() for name, output in outputs.items()}
+    if wanted:
+        cotangents = {name: inputs.get(f"cotangent.{name}") for name in outputs}
+        if "cotangent" in inputs:
+            cotangents[next(iter(outputs))] = inputs["cotangent"]
+        loss = sum((outputs[name] * given).sum() for name, given in cotangents.items() if given is not None)
+        sources = [leaves[name.removeprefix("grad.")] for name in wanted]
+        grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        results |= dict(zip(wanted, grads))
+    return results
+
+
+def replay_parts(case: Case, args: Mapping[str, Mapping[str, Any]], replay: Callable[[Case], Tensors]) -> Tensors:
+    """Replay a file of several small cases, whose tensors are called "in.case0.q" and the like, one by one.
+
+    Args:
+        case: the whole file.
+        args: the arguments of each part by its name, "case0".
+        replay: as in a claims file; it sees the part as a case of its own, with "in.q".
+    """
+    results: Tensors = {}
+    for name, own in args.items():
+        mine = re.compile(rf"{_GROUP}{name}\.")
+        tensors = {mine.sub(r"\1", key): tensor for key, tensor in case.tensors.items() if mine.match(key)}
+        part = replace(case, name=f"{case.name}/{name}", args=parse_args(own), tensors=tensors)
+        results |= {re.sub(_GROUP, rf"\1{name}.", key): tensor for key, tensor in replay(part).items()}
+    return results
+
+
+def run_official(module: nn.Module, state: Tensors, *inputs: Tensor) -> Any:
+    """Call a module, in eval mode, with renamed official tensors in place of its parameters and buffers.
+
+    Raises: WorkError unless names and shapes are the module's own.
+    """
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if ours != given:
+        names = [name for name in ours | given if ours.get(name) != given.get(name)]
+        odd = ", ".join(f"{name} {ours.get(name)} / {given.get(name)}" for name in names)
+        raise WorkError(f"{type(module).__name__} cannot take the official state (ours / official): {odd}")
+    return functional_call(module.eval(), state, inputs)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One result beside the recorded one.
+
+    Attributes:
+        name: its full name.
+        difference: max|ours - recorded| / max|recorded|; None if there is nothing to compare.
+        holds: whether that is within the tolerance.
+        note: what is wrong, where nothing was compared.
+    """
+
+    name: str
+    difference: float | None
+    holds: bool
+    note: str = ""
+
+
+def compare(case: Case, ours: Tensors, tolerance: float = 1e-4) -> list[Match]:
+    """Compare results with the recorded ones, name by name; a name that one side lacks does not hold.
+
+    Gradients that are 0 in theory are noise on both sides: one is taken relative to no less than a thousandth of the
+    case's largest.
+    """
+    expected = case.expected
+    grads = [tensor.abs().max().item() for name, tensor in expected.items() if name.startswith("grad.")]
+    floor = _NOISE * max(grads, default=0.0)
+    return [
+        _match(name, ours.get(name), expected.get(name), tolerance, floor if name.startswith("grad.") else 0.0)
+        for name in expected | ours
+    ]
+
+
+def _match(name: str, ours: Tensor | None, theirs: Tensor | None, tolerance: float, floor: float) -> Match:
+    if ours is None or theirs is None:
+        return Match(name, None, False, "missing in ours" if ours is None else "not recorded")
+    if ours.shape != theirs.shape:
+        return Match(name, None, False, f"ours is {tuple(ours.shape)}, recorded is {tuple(theirs.shape)}")
+    difference = relative_difference(ours, theirs, floor)
+    if not math.isfinite(difference):
+        return Match(name, None, False, "not finite")
+    return Match(name, difference, difference <= tolerance)
+
+
+def relative_difference(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
+    """max|ours - theirs| / max|theirs|, with at least `floor` below; the plain difference if all of theirs is 0.
+
+    >>> relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    0.5
+    """
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    if not theirs.numel():
+        return 0.0
+    apart = (ours - theirs).abs().masked_fill(ours == theirs, 0)  # the same infinity on both sides is no difference
+    scale = max(theirs.nan_to_num(0, 0, 0).abs().max().item(), floor)
+    return apart.max().item() / (scale or 1.0)

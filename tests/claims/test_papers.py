@@ -1,0 +1,118 @@
+"""The index of papers, and every claims file: what it says of itself is so, and its claims hold."""
+
+import json
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from saccade.claims import check, claimed_keys, list_papers, load_paper
+from saccade.errors import InputError
+
+CARDS = Path(__file__).parents[3] / "shared" / "papers"
+KEYS = claimed_keys()
+CLAIMS = [(key, claim) for key in KEYS for claim in load_paper(key).claims]
+KNOWN_FAILURES = {
+    ("fna", "fused attention stores no weights"): "the tiled engine keeps what it gathered for its backward pass",
+    ("volo", "digits from windows"): "fixed kernels suit small digits better",
+}
+
+
+def test_the_index_lists_every_paper_once():
+    papers = list_papers()
+    assert len(papers) == len({paper.key for paper in papers}) == 192
+    assert [paper.key for paper in papers] == sorted(paper.key for paper in papers)
+    for paper in papers:
+        assert re.fullmatch(r"[a-z0-9_]+", paper.key)
+        assert paper.title
+        assert re.fullmatch(r"\d{4}(-\d{2}){0,2}", paper.published)
+        assert paper.arxiv is None or re.fullmatch(r"\d{4}\.\d{5}|\d{4}\.\d{4}", paper.arxiv)
+
+
+@pytest.mark.skipif(not CARDS.is_dir(), reason="the cards of the papers are not beside the project")
+def test_the_index_agrees_with_the_cards():
+    for paper in list_papers():
+        head = (CARDS / f"{paper.key}.md").read_text(encoding="utf-8").split("---\n")[1]
+        found = dict(re.findall(r'^(\w+): *"?(.*?)"? *(?:#.*)?$', head, re.MULTILINE))
+        assert (paper.title, paper.arxiv, paper.published, paper.kind) == tuple(
+            found.get(name) for name in ("title", "arxiv", "published", "kind")
+        )
+    assert len(list(CARDS.glob("*.md"))) == 192
+
+
+def test_status_follows_from_the_claims_files():
+    status = {paper.key: paper.status for paper in list_papers()}
+    for key in KEYS:
+        assert status[key] == ("partly" if load_paper(key).missing else "works")
+    assert {status[key] for key in status if key not in KEYS} == {"not yet"}
+
+
+def test_claims_files_are_found_by_looking(monkeypatch, tmp_path):
+    import saccade.claims
+
+    (tmp_path / "toy_paper.py").write_text("PAPER = 1\n")
+    monkeypatch.setattr(saccade.claims, "__path__", [*saccade.claims.__path__, str(tmp_path)])
+    assert claimed_keys() == sorted([*KEYS, "toy_paper"])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_claims_file_agrees_with_the_index(key):
+    row = next(paper for paper in list_papers() if paper.key == key)
+    paper = load_paper(key)
+    assert (paper.title, paper.arxiv, paper.published) == (row.title, row.arxiv, row.published)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_claims_file_is_whole(key):
+    paper = load_paper(key)
+    names = [claim.name for claim in paper.claims]
+    assert len(names) == len(set(names)) > 0
+    for claim in paper.claims:
+        assert claim.statement.endswith("."), claim.name
+        assert claim.source, claim.name
+        if claim.needs:
+            assert claim.measure() is None, f"{claim.name} needs {claim.needs}, but has a body"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_paper_lives_where_it_says(key):
+    for name in load_paper(key).home:
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "claim"),
+    [
+        pytest.param(key, claim, id=f"{key}: {claim.name}", marks=[pytest.mark.slow] if claim.slow else [])
+        for key, claim in CLAIMS
+        if not claim.needs
+    ],
+)
+def test_a_claim_holds(key, claim):
+    outcome = check(claim)
+    json.dumps(outcome.as_dict(), allow_nan=False)
+    if (key, claim.name) in KNOWN_FAILURES:
+        assert outcome.verdict == "fails", "it holds now: take it out of KNOWN_FAILURES"
+        assert outcome.note == claim.guess
+    else:
+        assert outcome.verdict == "holds", f"{outcome.measured} {outcome.note}"
+
+
+def test_known_failures_are_claims():
+    assert KNOWN_FAILURES.keys() <= {(key, claim.name) for key, claim in CLAIMS}
+
+
+def test_keys_that_have_no_claims_file():
+    with pytest.raises(InputError, match="there is no paper 'halonets': did you mean halonet"):
+        load_paper("halonets")
+    without = next(paper.key for paper in list_papers() if paper.status == "not yet")
+    with pytest.raises(InputError, match=f"{without} has no claims file yet"):
+        load_paper(without)
+
+
+def test_a_paper_module_imports_no_other_paper():
+    for key in KEYS:
+        homes = {getattr(value, "__module__", "") for value in vars(import_module(f"saccade.claims.{key}")).values()}
+        assert not homes & {f"saccade.claims.{other}" for other in KEYS if other != key}
