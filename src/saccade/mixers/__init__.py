@@ -8,19 +8,31 @@ from saccade.errors import InputError, check_choice, nearest
 from saccade.mixers.agent import AgentAttention
 from saccade.mixers.attention import Attention, GridAttention, NeighborhoodAttention, PatternAttention, WindowAttention
 from saccade.mixers.baselines import DepthwiseConv, Pooling
+from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
+from saccade.mixers.channel import ChannelAttention
+from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.halo import HaloAttention
 from saccade.mixers.mixer import Mixer
+from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
+from saccade.mixers.outlook import OutlookAttention
+from saccade.mixers.varied_window import VariedWindowAttention
 
 __all__ = [
     "AgentAttention",
     "Attention",
+    "BiLevelRoutingAttention",
+    "ChannelAttention",
     "DepthwiseConv",
+    "FactorizedAttention",
     "GridAttention",
     "HaloAttention",
     "Mixer",
+    "MixtureOfBlocksAttention",
     "NeighborhoodAttention",
+    "OutlookAttention",
     "PatternAttention",
     "Pooling",
+    "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",
     "describe_mixer",

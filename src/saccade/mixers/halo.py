@@ -98,7 +98,8 @@ class HaloAttention(Mixer):
     def pattern(self, space: tuple[int, ...]) -> Halo:
         """Blocks and halo for a map with these axes."""
         if self.block_size is None:
-            block = tuple(even_size(length, DEFAULT_BLOCK, fewest=2) for length in space)
+            sizes = [even_size(length, DEFAULT_BLOCK, fewest=2) for length in space]
+            block = tuple(size + size % self.query_stride for size in sizes)  # whole strides
         else:
             block = (self.block_size,) * len(space)
             if self.block_size > min(space):

@@ -44,6 +44,8 @@ class Mixer(nn.Module, ABC):
                 f"x is {tuple(x.shape)}: {type(self).__name__} takes (B, *space, {self.dim}), channels last. "
                 "Move the channels with x.movedim(1, -1) if they stand second"
             )
+        if 0 in x.shape[1:]:
+            raise InputError(f"x is {tuple(x.shape)}: every axis of space needs at least one token. Leave the map out")
         if prefix is None:
             out = self.mix(x)
             taps.record(self, "features", lambda: out)

@@ -1,13 +1,26 @@
 """Operators: mathematics on tensors, without parameters."""
 
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
+from saccade.ops.bi_level_routing import region_scores, route_regions
+from saccade.ops.channel_attention import channel_attention, channel_attention_weights
+from saccade.ops.dilated_window import dilated_windows
+from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
+from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
 from saccade.ops.pattern import AxialPattern, Pattern, Plan, Ranges
 from saccade.ops.position_bias import PositionBias, QueryTables, RelativeTable
-from saccade.ops.selection import Selection, block_means, select_mask, select_mass, select_top_k
+from saccade.ops.selection import (
+    Selection,
+    block_means,
+    select_mask,
+    select_mass,
+    select_similarity_mass,
+    select_top_k,
+)
 from saccade.ops.softmax_attention import AttentionResult, merge_attention, softmax_attention
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
 from saccade.ops.tiling import TileBound, tile_bound
+from saccade.ops.varied_window import resample_windows, resampling_weights
 from saccade.ops.window import Global, Grid, Halo, Window
 
 __all__ = [
@@ -29,9 +42,21 @@ __all__ = [
     "agent_attention",
     "agent_attention_weights",
     "block_means",
+    "channel_attention",
+    "channel_attention_weights",
+    "choose_blocks",
+    "dilated_windows",
     "merge_attention",
+    "mixture_of_blocks",
+    "outlook_attention",
+    "outlook_attention_weights",
+    "region_scores",
+    "resample_windows",
+    "resampling_weights",
+    "route_regions",
     "select_mask",
     "select_mass",
+    "select_similarity_mass",
     "select_top_k",
     "softmax_attention",
     "sparse_attention",

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from saccade.errors import InputError, check_choice
 from saccade.ops.check import check_attention
+from saccade.ops.pair_attention import attend_pairs
 from saccade.ops.pattern import Pattern, Plan
 from saccade.ops.position_bias import PositionBias
-from saccade.ops.selection import Selection, block_order
+from saccade.ops.selection import Selection, block_order, token_slots
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
@@ -193,29 +194,36 @@ def _selected(
     scale: float,
     need_lse: bool,
 ) -> AttentionResult:
-    """Gather for each block of queries the key blocks that were selected for it: (B heads T, 1, Q, D) each."""
+    """Gather for each block of queries the key blocks that were selected for it: (B heads T, 1, Q, D) each.
+
+    Single queries that select blocks share them: there each key block gathers its queries (`attend_pairs`).
+    """
     if bias is not None:
         raise InputError("bias is given with a Selection: only impl='reference' adds one there")
     batch, heads = query.shape[:2]
     rows = block_order(space, selection.query_block, query.device)
     columns = block_order(selection.key_space(space), selection.key_block, query.device)
+    if rows.shape[1] == 1 < columns.shape[1]:
+        if torch.compiler.is_compiling():  # the sizes of a graph cannot depend on values
+            return attend(query, key, value, _dense_added(query, selection, space, None), scale)
+        return attend_pairs(query, key, value, selection.pairs(space), columns, scale)
     blocks, used = (x.expand(batch, heads, -1, -1) for x in (selection.blocks, selection.used))
     first = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * len(columns)
     number = (blocks + first).flatten()  # of a block among those of all images and heads
 
     def gather(x: Tensor) -> Tensor:
-        x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, columns.flatten()]
+        x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, columns.flatten()]  # -1 gathers what nobody sees
         found = x.unflatten(2, tuple(columns.shape)).flatten(0, 2).index_select(0, number)
-        return found.view(-1, 1, blocks.shape[-1] * columns.shape[1], x.shape[-1])
+        return found.view(len(tiles), 1, blocks.shape[-1] * columns.shape[1], x.shape[-1])
 
     tiles = query[:, :, rows.flatten()].unflatten(2, tuple(rows.shape)).flatten(0, 2).unsqueeze(1)
-    visible = used.flatten(0, 2).repeat_interleave(columns.shape[1], -1)[:, None, None]
+    visible = (used.unsqueeze(-1) & (columns >= 0)[blocks]).flatten(0, 2).flatten(1)[:, None, None]
     dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
     hidden = torch.zeros(visible.shape, dtype=dtype, device=query.device).masked_fill(~visible, -torch.inf)
     result = _dense(tiles, gather(key), gather(value), hidden, scale, need_lse)
-    back = rows.flatten().argsort()
-    out = result.out.view(batch, heads, -1, value.shape[-1])[:, :, back]
-    return AttentionResult(out, result.lse.view(batch, heads, -1)[:, :, back] if need_lse else result.lse)
+    back = token_slots(rows, space)
+    out = result.out.view(batch, heads, rows.numel(), value.shape[-1])[:, :, back]
+    return AttentionResult(out, result.lse.view(batch, heads, rows.numel())[:, :, back] if need_lse else result.lse)
 
 
 def _dense(

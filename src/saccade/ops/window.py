@@ -35,6 +35,7 @@ class Window(AxialPattern):
         shift: tokens by which the partition is moved (Swin shifts every other layer by half a window). The parts of
             windows that stick out at both ends stay apart, as Swin's mask of the cyclic shift keeps them.
         ragged: allow a length that window_size does not divide; the last window is then smaller.
+        causal: hide the keys that stand behind the query on any axis.
 
     >>> Window(2).mask((4,)).int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
@@ -43,6 +44,7 @@ class Window(AxialPattern):
     window_size: Sizes
     shift: Sizes = 0
     ragged: bool = False
+    causal: bool = False
 
     def __post_init__(self) -> None:
         check_positive(window_size=self.window_size)
@@ -56,7 +58,8 @@ class Window(AxialPattern):
             )
         _check_divides("window_size", size, axis, length, self.ragged)
         start = (np.arange(length) - shift) // size * size + shift
-        return Ranges(start.clip(min=0), (start + size).clip(max=length), 1, length)
+        stop = np.arange(1, length + 1) if self.causal else (start + size).clip(max=length)
+        return Ranges(start.clip(min=0), stop, 1, length)
 
 
 @dataclass(frozen=True)
