@@ -161,6 +161,12 @@ def test_folder_of_another_run_is_refused_and_the_differences_named(tmp_path):
     assert files == {name: (tmp_path / name).read_bytes() for name in FILES}
 
 
+def test_a_run_may_go_on_on_other_machines(tmp_path):
+    first = fit(Net(), make_data(), SETTINGS, tmp_path)
+    again = fit(Net(), make_data(), replace(SETTINGS, accelerator="auto", strategy="ddp"), tmp_path)
+    assert again.history == first.history
+
+
 def test_foreign_and_damaged_files_are_named(tmp_path):
     (tmp_path / "last.ckpt").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"last\.ckpt of something else: choose another folder"):

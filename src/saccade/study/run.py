@@ -30,6 +30,7 @@ from saccade.study.settings import MixerChoice, StudySettings, default_epochs
 from saccade.study.verdict import accuracy_interval, recommend
 from saccade.training import FitResult, TrainSettings
 from saccade.training.checkpoint import make_folder, saving_failed, write_whole
+from saccade.training.fit import MACHINES
 from saccade.training.launch import is_first_process
 
 __all__ = ["Progress", "Study", "run_study"]
@@ -123,7 +124,7 @@ class Study:
 
     def _claim_folder(self) -> None:
         """Note what the study is, or compare with what the folder holds. Mixers and seeds may be added."""
-        free = {"data", "mixers", "seeds", "accelerator", "devices", "nodes", "strategy"}
+        free = {"data", "mixers", "seeds", *MACHINES}
         asked = {name: value for name, value in asdict(self.settings).items() if name not in free}
         asked["fingerprint of the data"] = self.data.fingerprint
         file = self.folder / "study.json"

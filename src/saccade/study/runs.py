@@ -119,8 +119,9 @@ def _train_at_once(runs: list[Run], data: ImageData, on_epoch: OnEpoch, processe
                     future.result()  # raises what the run raised
         except BrokenProcessPool:
             raise WorkError(
-                "a training process was ended from outside, as systems do when memory runs out. What was saved before "
-                "is intact. Make room and start again with the same command, or take smaller batches or images"
+                "a training process ended before its work did: memory ran out, or a script calls run_study without "
+                "`if __name__ == '__main__':`. What was saved before is intact: make room, or take smaller batches or "
+                "images, and start again"
             ) from None
         except BaseException:
             workers = list(pool._processes.values())  # which shutdown forgets

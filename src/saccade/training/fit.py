@@ -25,6 +25,8 @@ from saccade.training.settings import TrainSettings
 
 __all__ = ["FitResult", "fit"]
 
+MACHINES = ("accelerator", "devices", "nodes", "strategy")  # a run may go on on others, though not to the same bits
+
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
@@ -97,7 +99,8 @@ def _identify(model: nn.Module, data: ImageData, settings: TrainSettings, config
     """Say what the run is, in plain values: two runs are the same if all of them are."""
     shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
-    run = {**asdict(settings), "data": data.fingerprint, "weights": digest, "config": config}
+    recipe = {name: value for name, value in asdict(settings).items() if name not in MACHINES}
+    run = {**recipe, "data": data.fingerprint, "weights": digest, "config": config}
     return json.loads(to_json("config", run))
 
 
