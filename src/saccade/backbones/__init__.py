@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from saccade.backbones import study
@@ -36,7 +37,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def create_model(
     name: str,
-    pretrained: bool | str = False,
+    pretrained: bool | str | Path = False,
     num_classes: int | None = None,
     in_chans: int = 3,
     features_only: bool = False,

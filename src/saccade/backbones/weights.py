@@ -1,5 +1,6 @@
 """Weights into networks: from a file or a hub, checked by name and shape before anything is copied."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import InputError
-from saccade.training.checkpoint import Checkpoint, read_checkpoint
+from saccade.training.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
     from saccade.backbones.backbone import Backbone
@@ -51,10 +52,11 @@ def load_model(path: str | Path) -> LoadedModel:
     return LoadedModel(model.eval(), config)
 
 
-def read_weights(source: str) -> Checkpoint:
+def read_weights(source: str | Path) -> Checkpoint:
     """Read a checkpoint from a path, or from a hub id such as "owner/name" where no such path exists."""
-    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        return read_checkpoint(Path(source).expanduser())
+    path, source = Path(source).expanduser(), str(source)
+    if path.exists() or path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        return read_checkpoint(path)
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -65,9 +67,9 @@ def read_weights(source: str) -> Checkpoint:
     for name in _HUB_FILES:
         try:
             return read_checkpoint(hf_hub_download(source, name))
-        except (LocalEntryNotFoundError, OSError, HfHubHTTPError) as error:
+        except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                continue
+                continue  # the repository is there, without this file
             raise InputError(f"{source} is no file here, and the hub did not answer: {error}. Give a path") from None
     raise InputError(f"{source} is no file here, and on the hub it has none of {', '.join(_HUB_FILES)}")
 

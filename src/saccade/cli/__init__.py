@@ -4,7 +4,9 @@ Results go to stdout, progress to stderr. The exit status is 0 when all holds, 1
 hold, 2 when the call was wrong. Command files import torch and everything heavy inside `run`, so that help is quick.
 """
 
+import re
 import sys
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -43,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(name)
     try:
         args = parser.parse_args(rest)
+    except ArgumentError as error:
+        return _complain(command, f"{_wrong_call(str(error), parser)} See {command} --help", 2)
+    except SystemExit:  # after --help or --print_config
+        return 0
+    try:
         args.command = " ".join(["saccade", *words])
         return int(_module(name).run(args))
-    except SystemExit as end:  # the parser's own: 0 after --help, 2 after a wrong call
-        return end.code if isinstance(end.code, int) else 1
     except InputError as error:
         return _complain(command, str(error), 2)
     except WorkError as error:
@@ -62,14 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(name: str) -> Any:
     """The parser of one command, whose help ends with an example."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Leaves the example on one line, to be copied."""
 
     module = _module(name)
     parser = ArgumentParser(
         prog=f"saccade {name}",
         description=COMMANDS[name] + ".",
         epilog=f"example: {module.EXAMPLE}",
-        exit_on_error=True,
+        formatter_class=Formatter,
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="take arguments from a YAML file (see --print_config)")
     module.arguments(parser)
@@ -78,6 +87,23 @@ def build_parser(name: str) -> Any:
 
 def _module(name: str) -> Any:
     return import_module(f"saccade.cli.{name}")
+
+
+def _wrong_call(message: str, parser: Any) -> str:
+    """The parser's words in a user's: options as they are written, kinds in words, the nearest option."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if unknown and unknown[1].startswith("-"):
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        hint = nearest(unknown[1], options)
+        return f"there is no option {unknown[1]}: {hint}{'' if hint.endswith('?') else '.'}"
+    value = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    kinds = [words for kind, words in _KINDS.items() if f"class '{kind}'" in message]
+    if value and kinds:
+        return f"--{value[1].replace('_', '-')} is {value[2]!r}: give {' or '.join(kinds)}."
+    return f"{' '.join(message.split())}."
+
+
+_KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def _complain(command: str, message: str, status: int) -> int:

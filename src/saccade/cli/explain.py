@@ -33,6 +33,7 @@ def run(args: Any) -> int:
     from saccade.data import normalize, read_image
     from saccade.errors import check_choice
     from saccade.explain import explain, faithfulness, list_methods, save_overlay
+    from saccade.training.checkpoint import make_folder
 
     methods = [method.strip() for method in args.method.split(",")]
     for method in methods:
@@ -40,6 +41,7 @@ def run(args: Any) -> int:
     model, config = load_model(args.model)
     target = _read_target(args.target, config["classes"])
     pixels = [read_image(path, size=config["image_size"]) for path in args.images]
+    make_folder(Path(args.out))
     images = normalize(torch.stack(pixels), config["mean"], config["std"])
     with torch.no_grad():
         probability, predicted = model(images).softmax(-1).max(-1)
@@ -78,7 +80,7 @@ def _read_target(target: str | None, classes: list[str]) -> int | None:
         return None
     if target in classes:
         return classes.index(target)
-    if target.isdigit() and int(target) < len(classes):
+    if target.isdecimal() and int(target) < len(classes):
         return int(target)
     raise InputError(f"target is {target!r}: {nearest(target, classes)}, or a number below {len(classes)}")
 

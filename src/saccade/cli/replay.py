@@ -5,7 +5,7 @@ from typing import Any
 
 from saccade.cli.shared import add_json, emit, emit_table
 
-EXAMPLE = "saccade replay halonet/open.safetensors"
+EXAMPLE = "saccade replay tests/recorded/halonet/open.safetensors"
 
 
 def arguments(parser: Any) -> None:

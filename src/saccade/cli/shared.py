@@ -1,13 +1,30 @@
 """Options that several commands take, written once."""
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from saccade.errors import InputError
 
 DATA_HELP = "a folder with a subfolder for each class, a Hugging Face dataset, digits or textures"
 
-__all__ = ["DATA_HELP", "ProgressLine", "add_json", "add_training", "emit", "emit_table"]
+__all__ = [
+    "DATA_HELP",
+    "ProgressLine",
+    "add_json",
+    "add_training",
+    "emit",
+    "emit_table",
+    "name_skipped",
+    "output_folder",
+]
+
+_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+_NAMED = 10  # of the images that were left out
 
 
 def add_json(parser: Any) -> None:
@@ -36,6 +53,28 @@ def add_training(parser: Any, *, learning_rate: float) -> None:
     )
 
 
+def output_folder(asked: str | None, data: str, name: str) -> Path:
+    """The folder for results: as asked, or NAME with the data's own name in place of {}.
+
+    Raises: InputError for a folder inside the images' own, where the next run would take it for a class.
+    """
+    source = Path(data.removeprefix("hf:")).resolve()
+    folder = Path(asked or name.format(source.name))
+    if source.is_dir() and source in (folder.resolve(), *folder.resolve().parents):
+        raise InputError(f"{folder} lies inside the folder of the images: give one outside it with --out")
+    return folder
+
+
+def name_skipped(skipped: Sequence[Mapping[str, str]]) -> None:
+    """Name and count on stderr the images that were left out, each with `path` and `reason`."""
+    if skipped:
+        print(f"{len(skipped)} image{'s' * (len(skipped) > 1)} could not be used:", file=sys.stderr)
+    for each in skipped[:_NAMED]:
+        print(f"  {each['path']}: {each['reason']}", file=sys.stderr)
+    if skipped[_NAMED:]:
+        print(f"  and {len(skipped) - _NAMED} more", file=sys.stderr)
+
+
 def emit(text: str) -> None:
     """Print a result to stdout."""
     print(text)
@@ -54,7 +93,7 @@ def emit_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 class ProgressLine:
-    """Progress of a long command on stderr: a live line on a terminal, a line at each new task elsewhere."""
+    """Progress of a long command on stderr: a live line on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -74,6 +113,7 @@ class ProgressLine:
             disable=not self._live,
         )
         self._task = self._bar.add_task("starting", total=None, best="")
+        self._told = -math.inf
 
     @contextmanager
     def shown(self) -> Iterator["ProgressLine"]:
@@ -89,7 +129,9 @@ class ProgressLine:
         """What runs now, and the best so far."""
         best = f"best so far: {best}" if best else ""
         self._bar.update(self._task, description=doing, best=best)
-        if not self._live and "epoch" not in doing:
+        now = time.monotonic()
+        if not self._live and now - self._told >= _EVERY:
+            self._told = now
             task = self._bar.tasks[0]
             left = "" if task.time_remaining is None else f", about {task.time_remaining:.0f} s left"
             print(f"{task.percentage:3.0f} %  {doing}{left}{'; ' if best else ''}{best}", file=sys.stderr, flush=True)

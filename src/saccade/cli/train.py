@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from saccade.cli.shared import DATA_HELP, ProgressLine, add_json, add_training, emit
+from saccade.cli.shared import DATA_HELP, ProgressLine, add_json, add_training, emit, name_skipped, output_folder
 
 EXAMPLE = "saccade train digits --mixer window --epochs 2 --out digits-window"
 
@@ -19,21 +19,23 @@ def arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    from pathlib import Path
-
     import torch
 
     from saccade.backbones import create_model
     from saccade.data import load_images
     from saccade.study import default_epochs, parse_mixer
     from saccade.training import TrainSettings, fit
+    from saccade.training.launch import is_first_process
 
     mixer = parse_mixer(args.mixer)
+    folder = output_folder(args.out, args.data, f"train-{{}}-{mixer.folder}")
     data = load_images(args.data, image_size=args.image_size)
-    epochs = args.epochs or default_epochs(len(data.train), args.batch_size)
+    epochs = default_epochs(len(data.train), args.batch_size) if args.epochs is None else args.epochs
     options: dict[str, Any] = {"mixer": mixer.name, "mixer_options": mixer.options}
     torch.manual_seed(args.seed)
-    model = create_model(args.model, num_classes=len(data.classes), **options)
+    model = create_model(args.model, num_classes=len(data.classes), **options).eval()
+    with torch.no_grad():  # what cannot work fails before the folder is made
+        model(torch.zeros(1, 3, data.image_size, data.image_size))
     settings = TrainSettings(
         epochs=epochs,
         batch_size=args.batch_size,
@@ -46,7 +48,6 @@ def run(args: Any) -> int:
         nodes=args.nodes,
         strategy=args.strategy,
     )
-    folder = Path(args.out or f"train-{Path(args.data).name}-{mixer.folder}")
     progress = ProgressLine()
     progress.start(epochs)
 
@@ -56,6 +57,9 @@ def run(args: Any) -> int:
 
     with progress.shown():
         result = fit(model, data, settings, folder, on_epoch=on_epoch, config={"model": args.model, "options": options})
+    if not is_first_process():  # another process of this run prints
+        return 0
+    name_skipped([vars(each) for each in data.skipped])
     if args.json:
         found = {"accuracy": result.accuracy, "seconds": result.seconds, "checkpoint": str(result.checkpoint)}
         emit(json.dumps({**found, "history": result.history}, indent=1))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from saccade.errors import check_choice
+from saccade.errors import InputError, check_choice
 from saccade.measure.scaling import Exponent, fit_exponent
 from saccade.measure.timing import measure_time
 from saccade.ops import (
@@ -85,6 +85,9 @@ def bench_operators(
     """
     for name in operators:
         check_choice("operator", name, OPERATORS)
+    for what, least in (("side", min(sides)), ("batch", batch), ("heads", heads), ("head_dim", head_dim)):
+        if least < 1:
+            raise InputError(f"{what} is {least}: give a whole number of at least 1")
     found = []
     for name in operators:
         own, dense = [], []

@@ -24,7 +24,8 @@ __all__ = ["Checkpoint", "read_checkpoint", "save_checkpoint"]
 
 _FORMAT = 1
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_KINDS = ".safetensors, " + " or ".join((", ".join(_PICKLED[:-1]), _PICKLED[-1]))
+SUFFIXES = (".safetensors", *_PICKLED)
+_KINDS = " or ".join((", ".join(SUFFIXES[:-1]), SUFFIXES[-1]))
 _REFUSED = {  # by the place; other errors are the disk's
     errno.EACCES,
     errno.EEXIST,

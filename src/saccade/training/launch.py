@@ -44,6 +44,11 @@ def launch(model: nn.Module, data: ImageData, settings: TrainSettings, last: Pat
     One device trains in this process. Several train in a process each: those which torchrun or srun started, or else
     processes that are started here and end with the run, so that the caller's program runs only once.
     """
+    if settings.nodes > 1 and not _launched_outside() and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"nodes is {settings.nodes} and nothing says where the others are: start the program on each machine with "
+            "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
     devices = len(_local_devices(settings))
     if (devices == 1 and settings.nodes == 1) or _launched_outside():
         run(model, data, settings, last, report)

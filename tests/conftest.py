@@ -1,0 +1,18 @@
+"""What every test starts from: a seeded generator, one thread a worker, and hypothesis that draws the same examples."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("saccade", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("saccade")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

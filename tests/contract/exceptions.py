@@ -1,0 +1,62 @@
+"""What the contracts need to know of single mixers and patterns: variants to try, exceptions with their reasons."""
+
+MADE_FROM_DATA = {"Selection": "it differs for each image and head, so it has no plan; tests/ops/test_selection.py"}
+"""Patterns without a mask and plan of their own for each space."""
+
+VARIANTS = {
+    "agent": [{"num_heads": 2, "num_agents": 4, "size": (9, 7)}, {"num_agents": 9, "size": 6, "sr_ratio": 2}],
+    "attention": [{"num_heads": 4, "qkv_bias": False, "scale": 0.3}],
+    "bi_level_routing": [{"num_heads": 2, "num_regions": 3, "topk": 2, "qk_dim": 4, "scale": 1.3, "lepe_size": 3}],
+    "channel": [{"num_heads": 2, "qkv_bias": False, "scale": 0.1}],
+    "depthwise_conv": [{"kernel_size": 3}],
+    "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
+    "grid": [{"num_heads": 2, "position_bias": False}],
+    "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
+    "mixture_of_blocks": [
+        {"num_heads": 2, "layer": 1, "block_size": 3, "topk": 2, "scope": "query"},
+        {"scope": "block"},
+    ],
+    "neighborhood": [{"num_heads": 2, "stride": 2, "causal": (True, False)}],
+    "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
+    "pooling": [{"pool_size": 5}],
+    "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
+    "window": [{"num_heads": 2, "shift": True}],
+}
+"""Options to try besides the defaults. Mixers without a row are tried with their defaults alone."""
+
+NO_PREFIX = {
+    "bi_level_routing": "a token outside the map belongs to no region",
+    "depthwise_conv": "fixed local weights know no token outside the map",
+    "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
+    "halo": "HaloNet has no class token, and its padded keys leave no place for one",
+    "outlook": "its matrices are made for windows, and a class token is in none",
+    "mixture_of_blocks": "a token outside the map belongs to no block",
+    "pooling": "an average over neighbours knows no token outside the map",
+    "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
+}
+"""Mixers that refuse prefix tokens."""
+
+PREFIX_OPTION = {"agent": "num_prefix: the biases between agents and class tokens are learned"}
+"""Mixers that must be built for the number of prefix tokens that they are given."""
+
+IMAGES_ONLY = {
+    "agent": "agents are pooled from a map of two axes, for which the biases are learned",
+    "factorized": "its windows and its coarse map are of two axes",
+    "outlook": "its windows are square",
+    "varied_window": "places are interpolated between rows and columns",
+}
+"""Mixers that serve two axes of space only."""
+
+AVERAGED = {"depthwise_conv": "a matrix for each channel would take C times the memory: it gives their mean"}
+"""Mixers whose token matrix is a mean over channels, which no single channel follows."""
+
+NO_SOFTMAX = {
+    "halo": "what falls on the zeros around the map is left out, so rows sum to less than 1 at the border",
+    "outlook": "windows are summed where they overlap, and what falls on the zeros around the map is left out",
+    "pooling": "the token is subtracted from the average: rows sum to 0",
+    "varied_window": "what falls on the zeros around the map is left out, so rows may sum to less than 1",
+}
+"""Mixers whose rows of attention do not sum to 1."""
+
+CHOOSES_ALL = {"bi_level_routing": {"topk": 1000}, "mixture_of_blocks": {"topk": 1000, "scope": "query"}}
+"""Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""

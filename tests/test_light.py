@@ -1,0 +1,47 @@
+"""What somebody waits for who only asks for help: nothing heavy is imported before it is used."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "lightning", "numpy", "PIL", "jsonargparse", "rich", "matplotlib", "sklearn", "datasets", "captum")
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "code", ["import saccade", "import saccade.cli", "from saccade.cli import main; main(['--help'])"]
+)
+def test_nothing_heavy_is_imported(code):
+    found = run("-c", f"{code}\nimport sys\nprint('heavy:', *(name for name in {HEAVY} if name in sys.modules))")
+    assert found.splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize("command", ["study", "train", "explain", "bench", "models", "mixers"])
+def test_help_of_a_command_needs_no_torch(command):
+    code = f"from saccade.cli import main; main([{command!r}, '--help']); import sys; print('torch' in sys.modules)"
+    assert run("-c", code).endswith("False\n")
+
+
+def test_help_takes_under_three_tenths_of_a_second():
+    def seconds():
+        start = time.perf_counter()
+        run("-m", "saccade.cli", "--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_every_name_on_the_front_door_is_there():
+    code = "import saccade; print(all(hasattr(saccade, name) for name in saccade.__all__), *dir(saccade))"
+    assert run("-c", code).startswith("True __version__ create_mixer create_model explain")
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run("-c", "import saccade; saccade.nonsense")
+    assert "AttributeError: module 'saccade' has no attribute 'nonsense'" in error.value.stderr
