@@ -203,6 +203,11 @@ def _offset(ranges: Ranges, query: NDArray[np.int64], key: NDArray[np.int64]) ->
     return (key[..., None, :] - origin[..., None]) // ranges.step
 
 
+def _overlap(start: NDArray[np.int64], stop: NDArray[np.int64]) -> bool:
+    """Whether neighbouring blocks share keys; queries of one block do in any case."""
+    return bool(((start[1:] > start[:-1]) & (start[1:] < stop[:-1])).any())
+
+
 def _tile_axis(ranges: Ranges, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Queries (T, Q) and keys (T, K) along one axis: a block that sees alike is a tile; where a window slides, with
     hardly two neighbours that see alike, each residue's run is cut into even pieces of at most `side`."""
@@ -210,7 +215,7 @@ def _tile_axis(ranges: Ranges, side: int) -> tuple[NDArray[np.int64], NDArray[np
     order = np.lexsort((np.arange(len(residue)), ranges.start, residue))
     runs = np.split(order, np.flatnonzero(np.diff(residue[order])) + 1)
     blocks = [block for run in runs for block in np.split(run, np.flatnonzero(np.diff(ranges.start[run])) + 1)]
-    overlap = any((ranges.start[run][1:] < ranges.stop[run][:-1]).any() for run in runs)
+    overlap = any(_overlap(ranges.start[run], ranges.stop[run]) for run in runs)
     slides = overlap and len(order) < SMALLEST_BLOCK * len(blocks)
     tiles = [piece for run in runs for piece in np.array_split(run, -(-len(run) // side))] if slides else blocks
     width = max(map(len, tiles))

@@ -70,7 +70,7 @@ class Grid(AxialPattern):
 
     Args:
         grid_size: tokens that a query sees along each axis, one number or one for each axis.
-        ragged: allow a length that grid_size does not divide; some grids then have a token fewer.
+        ragged: allow a length that grid_size does not divide; some grids then have fewer tokens.
 
     >>> Grid(2).mask((4,)).int().tolist()
     [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
