@@ -35,7 +35,7 @@ def add_json(parser: Any) -> None:
 def add_training(parser: Any, *, learning_rate: float) -> None:
     """How to train, and on what."""
     parser.add_argument(
-        "--epochs", type=int | None, default=None, help="passes over the images; by default about 300 steps"
+        "--epochs", type=int | None, default=None, help="passes over the images; by default about 240 steps"
     )
     parser.add_argument(
         "--image-size", type=int | None, default=None, help="pixels a side; by default chosen from the images"

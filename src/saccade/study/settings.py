@@ -12,7 +12,7 @@ __all__ = ["MixerChoice", "StudySettings", "default_epochs", "parse_mixer", "par
 
 
 DEFAULT_MIXERS = ("attention", "window", "grid", "halo", "neighborhood", "agent", "depthwise_conv", "pooling")
-STEPS = 300  # of a training run whose number of epochs was left open
+STEPS = 240  # of a training run whose number of epochs was left open
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StudySettings:
         data: as in `saccade.data.load_images`.
         mixers: names of mixers, with options where wanted: "window", "neighborhood(window_size=5)".
         backbone: a network of `list_models()` that takes a mixer.
-        epochs: passes over the training images; None takes as many as make about 300 steps, from 5 to 30.
+        epochs: passes over the training images; None takes as many as make about 240 steps, from 5 to 30.
         image_size: pixels a side; None takes the data's own default.
         seeds: how many times each mixer is trained, with seeds 0, 1, ...
         batch_size, learning_rate, augment, accelerator, devices, nodes, strategy: as in TrainSettings.
@@ -86,10 +86,10 @@ class StudySettings:
 
 
 def default_epochs(images: int, batch_size: int) -> int:
-    """Passes over the images that make about 300 steps, from 5 to 30.
+    """Passes over the images that make about 240 steps, from 5 to 30.
 
     >>> default_epochs(1438, 64)
-    13
+    10
     """
     return max(5, min(30, round(STEPS / -(-images // batch_size))))
 
