@@ -1,6 +1,7 @@
-"""Every network of `list_models`: timm's habits, any image size, gradients, weights; then errors."""
+"""Every network of `list_models`: timm's habits, any image size, gradients, names; then errors."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,12 @@ import torch
 from torch.testing import assert_close
 
 import saccade
-from saccade.backbones import load_model
 from saccade.backbones.backbone import DropPath
-from saccade.backbones.weights import read_weights
 from saccade.errors import InputError
-from saccade.training import save_checkpoint
+from saccade.mixers import NeighborhoodAttention
 
 NAMES = saccade.list_models()
+STUDIED = ("agent", "attention", "depthwise_conv", "grid", "halo", "neighborhood", "pooling", "window")
 RECORDED = Path(__file__).parents[1] / "recorded" / "study_keys.json"
 
 
@@ -46,6 +46,39 @@ def test_forward_is_head_of_features_and_stages_have_the_stated_maps(name):
     assert set(info.module_name()) <= dict(model.named_modules()).keys()
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(33, 1), (7, 5), (50, 70)])
+def test_each_image_of_any_size_has_its_own_logits(name, size):
+    model, images = randomise(build(name)).eval(), torch.randn(3, 3, *size)
+    assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_head_comes_off_and_changes_as_in_timm(name):
+    model, images = build(name).eval(), torch.randn(2, 3, 32, 32)
+    pooled = model.forward_features(images).mean((2, 3))
+    assert_close(model.forward_head(model.forward_features(images), pre_logits=True), pooled)
+    assert_close(model.get_classifier()(pooled), model(images))
+    model.reset_classifier(0)
+    assert (model.num_classes, model.get_classifier()(pooled).shape) == (0, pooled.shape)
+    assert_close(model(images), pooled)
+    model.reset_classifier(7)
+    assert (model.num_classes, model(images).shape) == (7, (2, 7))
+    assert saccade.create_model(name).get_classifier().out_features == 1000
+
+
+@pytest.mark.parametrize("chosen", [(0,), (-1, 0), [1]])
+def test_features_of_the_chosen_stages(chosen):
+    images = torch.randn(2, 3, 32, 48)
+    maps = build().eval().forward_stages(images)
+    extractor = build(features_only=True, out_indices=chosen).eval()
+    for found, stage in zip(extractor(images), chosen, strict=True):
+        assert torch.equal(found, maps[stage])
+    assert extractor.feature_info.channels() == [maps[stage].shape[1] for stage in chosen]
+    assert not [key for key in extractor.state_dict() if "head" in key]
+
+
 @pytest.mark.parametrize("mixer", saccade.list_mixers())
 @pytest.mark.parametrize("size", [(32, 32), (50, 70), (4, 9)])
 def test_any_mixer_serves_any_image_size(mixer, size):
@@ -70,15 +103,18 @@ def test_every_parameter_gets_a_gradient(name):
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_runs_blocks_twice_and_gives_the_same_gradients():
     images = torch.randn(2, 3, 32, 32)
-    grads = []
+    grads, calls = [], []
     for enable in (False, True):
-        model = randomise(build()).train()
+        model = randomise(build(drop_path_rate=0.3)).train()
         model.set_grad_checkpointing(enable)
+        model.stages[1].blocks[0].register_forward_pre_hook(lambda *_, enable=enable: calls.append(enable))
+        torch.manual_seed(1)  # which branches are left out
         model(images).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert_close(*grads)
+    assert calls == [False, True, True]
 
 
 def test_drop_path_leaves_images_out_and_keeps_the_mean():
@@ -94,6 +130,23 @@ def test_drop_path_leaves_images_out_and_keeps_the_mean():
     assert rates[-1] == pytest.approx(0.3)
 
 
+def test_groups_for_layer_wise_rates_cover_the_trunk():
+    model = build("study_xs")
+    for coarse in (False, True):
+        matcher = model.group_matcher(coarse)
+        patterns = [matcher["stem"], *(pattern for pattern, _ in matcher["blocks"])]
+        keys = [key for key, _ in model.named_parameters() if "downsample" not in key]
+        groups = {key: [pattern for pattern in patterns if re.match(pattern, key)] for key in keys}
+        assert {key for key, found in groups.items() if len(found) != 1} == {"head.weight", "head.bias"}
+
+
+def test_options_reach_every_mixer():
+    model = build("study_s", mixer="neighborhood", mixer_options={"window_size": 3, "num_heads": 4})
+    mixers = [module for module in model.modules() if isinstance(module, NeighborhoodAttention)]
+    assert len(mixers) == 12
+    assert all((mixer.window_size, mixer.num_heads) == (3, 4) for mixer in mixers)
+
+
 def test_parameters_without_weight_decay_exist():
     model = build(mixer="agent")
     names = model.no_weight_decay()
@@ -104,46 +157,9 @@ def test_parameters_without_weight_decay_exist():
 def test_keys_of_the_state_dict_are_as_recorded():
     """They are part of the interface: a change needs a note for whoever upgrades, and a new recording."""
     found = {name: {k: list(v.shape) for k, v in build(name).state_dict().items()} for name in NAMES}
+    for mixer in STUDIED:
+        found[f"{mixer} in study_xxs"] = {k: list(v.shape) for k, v in build(mixer=mixer).state_dict().items()}
     assert found == json.loads(RECORDED.read_text())
-
-
-def test_weights_survive_saving_and_bring_their_options(tmp_path):
-    model = randomise(build(mixer="neighborhood", mixer_options={"window_size": 3})).eval()
-    config = {"model": "study_xxs", "options": {"mixer": "neighborhood", "mixer_options": {"window_size": 3}}}
-    path = str(save_checkpoint(tmp_path / "net", model, {**config, "classes": list("abcde")}))
-    images = torch.randn(2, 3, 32, 32)
-    assert_close(saccade.create_model("study_xxs", pretrained=path).eval()(images), model(images))
-    loaded = load_model(path)
-    assert_close(loaded.model(images), model(images))
-    assert loaded.config["classes"] == list("abcde")
-    other = saccade.create_model("study_xxs", pretrained=path, num_classes=3)
-    assert_close(other.eval().forward_features(images), model.forward_features(images))
-    assert other(images).shape == (2, 3)
-    maps = saccade.create_model("study_xxs", pretrained=path, features_only=True, out_indices=(-1,)).eval()(images)
-    assert_close(maps[0], model.forward_features(images))
-
-
-def test_weights_of_another_architecture_name_the_tensors(tmp_path):
-    config = {"model": "study_xxs", "options": {}}
-    path = str(save_checkpoint(tmp_path / "net", build(mixer="pooling"), config))
-    with pytest.raises(InputError, match=r"another architecture; missing: .*mixer\.qkv.* Build the network with"):
-        saccade.create_model("study_xxs", pretrained=path, num_classes=5, mixer="attention")
-    with pytest.raises(InputError, match=r"holds weights of study_xxs, not of study_xs\. Call create_model"):
-        saccade.create_model("study_xs", pretrained=path)
-
-
-def test_hub_ids_are_asked_for_where_no_such_path_is(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
-    path = save_checkpoint(tmp_path / "model", build(), {})
-    asked = []
-
-    def download(repo, name):
-        asked.append((repo, name))
-        return str(path)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert read_weights("somebody/some-net").state.keys() == build().state_dict().keys()
-    assert asked == [("somebody/some-net", "model.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +169,9 @@ def test_hub_ids_are_asked_for_where_no_such_path_is(tmp_path, monkeypatch):
         (lambda: build(mixr="window"), "no option 'mixr': did you mean mixer"),
         (lambda: build(patch_size=3), "Take 2, 4, 8 or 16"),
         (lambda: build(features_only=True, out_indices=(5,)), "stages 0 to 1"),
-        (lambda: build(pretrained=True), "has no published weights"),
-        (lambda: build(pretrained="nowhere.safetensors"), "nowhere.safetensors"),
+        (lambda: build(mixer="windw"), "mixer is 'windw': did you mean window"),
+        (lambda: build(dims=(8,)), r"dims is \(8,\) and depths is \(1, 2\): give one of each"),
+        (lambda: build(patch_size=0), "patch_size is 0"),
         (lambda: build()(torch.randn(3, 32, 32)), r"give a batch \(B, 3, H, W\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A study that SIGKILL ends at any moment, and that goes on: the same table, pictures and weights as an unkilled one."""
+"""A study that SIGKILL ends at any moment and that goes on: table, pictures and weights of an unkilled one."""
 
 import json
 import os

@@ -83,6 +83,7 @@ def size_of(picture):
         return image.size
 
 
+PLACES = ("runs", "gallery", "checkpoints")  # of a mixer's files
 RESULTS = ("results.json", "results.csv", "report.html", ".study.lock")
 
 
@@ -179,7 +180,7 @@ def test_finished_study_started_again_redoes_nothing(copied, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("mixers", "seeds", "new"),
     [
-        ((*MIXERS, "depthwise_conv"), 1, ("runs/depthwise_conv", "gallery/depthwise_conv", "checkpoints/depthwise_conv")),
+        ((*MIXERS, "depthwise_conv"), 1, tuple(f"{place}/depthwise_conv" for place in PLACES)),
         (MIXERS, 2, tuple(f"runs/{name}/seed1" for name in FOLDERS)),
     ],
 )
