@@ -31,6 +31,9 @@ def images():
 def saved(tmp_path):
     """A network with options, and its checkpoint."""
     model = build(**OPTIONS)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from 0 and 1, where norms and biases start
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model, save_checkpoint(tmp_path / "net", model, CONFIG)
 
 

@@ -22,6 +22,7 @@ from saccade.cli import main
 from saccade.data import load_images
 from saccade.errors import DivergedError
 from saccade.measure import count_parameters
+from saccade.study.parts import scaling_sides
 from saccade.study.runs import Run
 from saccade.training import evaluate
 from tests.study.jpegs import BROKEN, PHOTOS, write_photos
@@ -116,6 +117,14 @@ def test_everything_is_there_and_fits_together(finished):
     assert str(folder / "report.html") in finished.out.replace("\n", "")
     assert results["settings"]["image_size"] == 16
     assert not list(folder.rglob("*.part*"))
+
+
+@pytest.mark.parametrize("size", [1, 16, 20, 72, 96, 100, 224])
+def test_cost_is_measured_at_sides_that_every_mixer_of_the_study_serves(size):
+    sides = scaling_sides(size)
+    assert sides[0] >= size  # a window that fits the study's images might not fit smaller ones
+    assert sides == tuple(sorted(set(sides)))
+    assert sides[-1] >= 2 * sides[0]
 
 
 def test_progress_goes_to_stderr_and_tells_what_runs(finished):

@@ -20,7 +20,7 @@ from saccade.measure import (
 from saccade.study.settings import StudySettings
 from saccade.training.checkpoint import make_folder, write_whole
 
-__all__ = ["explain_part", "measure_part"]
+__all__ = ["explain_part", "measure_part", "scaling_sides"]
 
 FAITHFUL = "integrated_gradients"  # the method whose faithfulness is measured: it needs no layer, and states its error
 PICTURES = ("attention_rollout", FAITHFUL)
@@ -41,7 +41,7 @@ def measure_part(model: nn.Module, image_size: int, batch_size: int) -> dict[str
     def step() -> None:
         torch.autograd.grad(model(batch).float().logsumexp(-1).sum(), list(model.parameters()), allow_unused=True)
 
-    sides = _sides(image_size)
+    sides = scaling_sides(image_size)
     scaling = measure_scaling(model, sides)
     return {
         "params": count_parameters(model),
@@ -121,9 +121,13 @@ def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, An
     return {"method": FAITHFUL, "images": len(chosen), **scores, "verdict": found.verdict}
 
 
-def _sides(image_size: int) -> tuple[int, ...]:
+def scaling_sides(image_size: int) -> tuple[int, ...]:
     """Image sides for the growth of cost: from the study's own, below which a window may not fit the map, up to where a
-    global mixer still ends soon."""
+    global mixer still ends soon.
+
+    >>> scaling_sides(32)
+    (32, 48, 64, 96, 128)
+    """
     factors = (1, 1.5, 2, 3, 4) if image_size <= 96 else (1, 1.25, 1.5, 1.75, 2)
     least = 16 * -(-image_size // 16)
     return tuple(int(least * factor) for factor in factors)
