@@ -1,7 +1,11 @@
 """What the contracts need to know of single mixers and patterns: variants to try, exceptions with their reasons."""
 
-MADE_FROM_DATA = {"Selection": "it differs for each image and head, so it has no plan; tests/ops/test_selection.py"}
-"""Patterns without a mask and plan of their own for each space."""
+NO_PLAN = {
+    "PerHead": "each head's pattern has a plan; tests/ops/test_compose.py",
+    "Selection": "it differs for each image and head; tests/ops/test_selection.py",
+    "SelectionUnion": "its parts are computed apart and merged; tests/ops/test_compose.py",
+}
+"""Patterns without a plan of their own for each space."""
 
 VARIANTS = {
     "agent": [{"num_heads": 2, "num_agents": 4, "size": (9, 7)}, {"num_agents": 9, "size": 6, "sr_ratio": 2}],

@@ -8,41 +8,56 @@ import torch
 from hypothesis import given
 
 from saccade import ops
-from saccade.ops import Pattern
-from tests.contract.exceptions import MADE_FROM_DATA
+from saccade.ops import AxialPattern, Pattern
+from tests.contract.exceptions import NO_PLAN
 from tests.ops.cases import CASES, IDS, patterns
 
 
 def unfold_plan(plan, num_queries, num_keys, values):
-    """(queries, keys) dense form of per-tile values (T | 1, Q, K), and how often each visible pair stands in a tile."""
-    values, visible = (x.expand(len(plan.query), -1, -1) for x in (values, plan.visible))
-    slots = torch.arange(num_queries) if plan.slot is None else plan.slot
-    tile, row = slots // plan.query.shape[1], slots % plan.query.shape[1]
-    assert torch.equal(plan.query[tile, row], torch.arange(num_queries))  # the slot of a query holds that query
-    visible, keys = visible[tile, row], plan.key[tile]
-    count = torch.zeros(num_queries, num_keys, dtype=torch.long).scatter_add_(1, keys, visible.long())
-    dense = torch.zeros(num_queries, num_keys, dtype=values.dtype)
-    return dense.scatter_add_(1, keys, values[tile, row] * visible), count
+    """(queries, keys) dense form of values (T | 1, Q, K) of every group, and how often each visible pair stands in a
+    tile."""
+    rows = [[], [], [], []]  # of every slot: its query, keys, what is visible, values
+    for tiles, own in zip(plan.groups, values):
+        shape = (*tiles.query.shape, tiles.key.shape[1])
+        parts = (tiles.query.unsqueeze(-1), tiles.key.unsqueeze(1).expand(shape), tiles.visible.expand(shape))
+        for row, part in zip(rows, (*parts, own.expand(shape))):
+            row.extend(part.flatten(0, 1))
+    slots = range(num_queries) if plan.slot is None else plan.slot.tolist()
+    assert [int(rows[0][slot]) for slot in slots] == list(range(num_queries))  # the slot of a query holds that query
+    dense, count = (torch.zeros(num_queries, num_keys, dtype=torch.long) for _ in range(2))
+    for query, slot in enumerate(slots):
+        _, keys, visible, own = (row[slot] for row in rows)
+        count[query].scatter_add_(0, keys, visible.long())
+        dense[query].scatter_add_(0, keys, own * visible)
+    return dense, count
 
 
 def check_pattern(pattern, space):
     mask, keys = pattern.mask(space), pattern.key_space(space)
     num_queries, num_keys = torch.Size(space).numel(), torch.Size(keys).numel()
     assert mask.shape == (num_queries, num_keys)
-    assert mask.any(1).all(), "a query sees nothing"
+    assert mask.any(1).all() or not isinstance(pattern, AxialPattern), "a query sees nothing"
     assert pattern.sees_all(space) == mask.all()
     assert pattern.num_visible(space) == mask.sum()
 
     offset, per_tile = pattern.offset(space), pattern.plan_offset(space)
     assert offset.shape == (len(space), *mask.shape)
     plan = pattern.plan(space)
-    for along, along_tile in zip(offset, per_tile):
-        dense, count = unfold_plan(plan, num_queries, num_keys, along_tile)
+    for axis, along in enumerate(offset):
+        dense, count = unfold_plan(plan, num_queries, num_keys, [group[axis] for group in per_tile])
         assert torch.equal(count, mask.long())  # each visible pair once, nothing else
         assert torch.equal(dense, along * mask)
 
-    hidden = pattern.plan_hidden(space, torch.float64)
-    assert torch.equal(hidden.squeeze(1).exp().bool(), plan.visible)
+    for tiles, hidden in zip(plan.groups, pattern.plan_hidden(space, torch.float64)):
+        seen = torch.ones_like(tiles.visible) if hidden is None else hidden.squeeze(1).exp().bool()
+        assert torch.equal(seen, tiles.visible)
+
+    queries, keys = torch.arange(num_queries), torch.arange(num_keys)
+    assert torch.equal(pattern.sees(space, queries[:, None], keys), mask)
+    some = queries[:: 1 + num_queries // 5].numpy()
+    reached = torch.zeros(num_keys, dtype=torch.bool)
+    reached[pattern.reach(space, some)] = True
+    assert not (mask[some].any(0) & ~reached).any()
 
 
 @pytest.mark.parametrize(("pattern", "space"), CASES, ids=IDS)
@@ -60,7 +75,7 @@ def test_equal_patterns_share_their_tiles_and_travel_between_processes(pattern, 
     twin = pickle.loads(pickle.dumps(pattern))
     assert twin == pattern
     assert hash(twin) == hash(pattern)
-    assert twin.plan(space).query is pattern.plan(space).query
+    assert twin.plan(space).groups[0].query is pattern.plan(space).groups[0].query
 
 
 @pytest.mark.parametrize(("pattern", "space"), CASES, ids=IDS)
@@ -81,4 +96,4 @@ def test_tiles_built_under_inference_mode_serve_training_later():
 def test_every_exported_pattern_is_among_the_cases():
     kinds = [each for each in vars(ops).values() if isinstance(each, type) and issubclass(each, Pattern)]
     concrete = {kind.__name__ for kind in kinds if not inspect.isabstract(kind)}
-    assert {type(pattern).__name__ for pattern, _ in CASES} | set(MADE_FROM_DATA) == concrete
+    assert {type(pattern).__name__ for pattern, _ in CASES} | set(NO_PLAN) == concrete

@@ -4,7 +4,21 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from saccade.ops import Global, Grid, Halo, Neighborhood, Window
+from saccade.ops import (
+    Causal,
+    Complement,
+    Documents,
+    Global,
+    GlobalTokens,
+    Grid,
+    Halo,
+    Intersection,
+    Neighborhood,
+    Sinks,
+    SlidingWindow,
+    Union,
+    Window,
+)
 
 CASES = [
     (Global(), (7,)),
@@ -46,6 +60,22 @@ CASES = [
     (Neighborhood(3, stride=3, dilation=3, causal=True), (25,)),
     (Neighborhood(5, causal=True), (5, 6)),
     (Neighborhood(3, causal=(True, False, False)), (4, 5, 6)),
+    (SlidingWindow(2), (9,)),
+    (SlidingWindow((1, 2), (0, 1), dilation=(1, 2)), (5, 9)),
+    (SlidingWindow(1, 1), (3, 4, 2)),
+    (Causal(), (70,)),
+    (Causal(4), (3, 5)),
+    (Documents((3, 1, 5)), (9,)),
+    (Documents((40, 2, 38)), (8, 10)),
+    (GlobalTokens((0, 5)), (12,)),
+    (Sinks(3), (4, 5)),
+    (Union((Window(4), GlobalTokens((3,)))), (4, 8)),
+    (Union((SlidingWindow(2), Sinks(1), GlobalTokens((299,)))), (300,)),
+    (Intersection((Neighborhood(3), Causal())), (6, 7)),
+    (Intersection((Union((SlidingWindow(3), Sinks(2))), Causal(2), Documents((30, 11)))), (41,)),
+    (Complement(Window(2)), (4, 6)),
+    (Intersection((Grid(2), Complement(Window(3)))), (6, 6)),
+    (Intersection((Window(2), Complement(Window(2)))), (4,)),  # nothing at all
 ]
 IDS = [f"{pattern} on {'x'.join(map(str, space))}" for pattern, space in CASES]
 
@@ -56,7 +86,59 @@ def patterns(draw, max_tokens=150):
     axes = draw(st.integers(1, 3))
     longest = {1: 40, 2: 14, 3: 7}[axes]
     space = draw(st.tuples(*[st.integers(1, longest)] * axes).filter(lambda space: prod(space) <= max_tokens))
-    return draw(st.sampled_from([_global, _window, _grid, _halo, _neighborhood]))(draw, space), space
+    return _any(draw, space, composed=2), space
+
+
+def _any(draw, space, composed):
+    """A pattern of the kinds below, with compositions of compositions up to `composed` deep."""
+    kinds = [_global, _window, _grid, _halo, _neighborhood, _sliding, _causal, _documents, _global_tokens, _sinks]
+    if not composed:
+        return draw(st.sampled_from([kind for kind in kinds if kind is not _halo]))(draw, space)
+    ways = {_united: Union, _cut: Intersection, _inverted: Complement}
+    way = draw(st.sampled_from([*kinds, *ways]))
+    return way(draw, space, composed - 1) if way in ways else way(draw, space)
+
+
+def _united(draw, space, composed):
+    return Union(tuple(_any_square(draw, space, composed) for _ in range(2)))
+
+
+def _cut(draw, space, composed):
+    return Intersection(tuple(_any_square(draw, space, composed) for _ in range(2)))
+
+
+def _inverted(draw, space, composed):
+    return Complement(_any_square(draw, space, composed))
+
+
+def _any_square(draw, space, composed):
+    """A pattern whose keys have the axes of the queries, so that it composes."""
+    pattern = _any(draw, space, composed)
+    return pattern if pattern.key_space(space) == space else Sinks(1)
+
+
+def _sliding(draw, space):
+    return SlidingWindow(_each(draw, 0, space), _each(draw, 0, space), dilation=_each(draw, 1, [3] * len(space)))
+
+
+def _causal(draw, space):
+    return Causal(draw(st.integers(1, 5)))
+
+
+def _documents(draw, space):
+    lengths, left = [], prod(space)
+    while left:
+        lengths.append(draw(st.integers(1, left)))
+        left -= lengths[-1]
+    return Documents(tuple(lengths))
+
+
+def _global_tokens(draw, space):
+    return GlobalTokens(tuple(draw(st.sets(st.integers(0, prod(space) - 1), min_size=1, max_size=3))))
+
+
+def _sinks(draw, space):
+    return Sinks(draw(st.integers(1, 4)))
 
 
 def _each(draw, low, highs):

@@ -1,6 +1,8 @@
 """Patterns against derivations written anew from the papers' formulas; then what the papers claim; then errors."""
 
+from functools import reduce
 from itertools import product
+from math import prod
 
 import numpy as np
 import pytest
@@ -10,7 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade.errors import InputError
-from saccade.ops import Global, Grid, Halo, Neighborhood, Window
+from saccade.ops import (
+    Causal,
+    Complement,
+    Documents,
+    Global,
+    GlobalTokens,
+    Grid,
+    Halo,
+    Intersection,
+    Neighborhood,
+    Sinks,
+    SlidingWindow,
+    Union,
+    Window,
+)
 from tests.ops.cases import CASES, IDS, patterns
 
 # One axis at a time, (queries, keys) booleans; a key is visible when it is visible on every axis
@@ -66,7 +82,50 @@ def neighborhood_axis(length, window_size, stride, dilation, causal):
     return see
 
 
-AXIS = {Global: global_axis, Window: window_axis, Grid: grid_axis, Halo: halo_axis, Neighborhood: neighborhood_axis}
+def sliding_axis(length, before, after, dilation):
+    """Pair by pair: the distance in steps."""
+    see = np.zeros((length, length), bool)
+    for x, y in product(range(length), repeat=2):
+        see[x, y] = (y - x) % dilation == 0 and -before <= (y - x) // dilation <= after
+    return see
+
+
+AXIS = {
+    Global: global_axis,
+    Window: window_axis,
+    Grid: grid_axis,
+    Halo: halo_axis,
+    Neighborhood: neighborhood_axis,
+    SlidingWindow: sliding_axis,
+}
+
+
+def causal_map(tokens, block_size):
+    return np.kron(np.tri(-(-tokens // block_size)), np.ones((block_size, block_size)))[:tokens, :tokens]
+
+
+def documents_map(tokens, lengths):
+    see = np.zeros((tokens, tokens))
+    for start, length in zip(np.cumsum([0, *lengths]), lengths):
+        see[start : start + length, start : start + length] = 1
+    return see
+
+
+def global_tokens_map(tokens, numbers):
+    see = np.zeros((tokens, tokens))
+    for number in numbers:
+        see[number] = see[:, number] = 1
+    return see
+
+
+def sinks_map(tokens, count):
+    see = np.zeros((tokens, tokens))
+    see[:, :count] = 1
+    return see
+
+
+MAP = {Causal: causal_map, Documents: documents_map, Sinks: sinks_map}
+SETS = {Union: torch.logical_or, Intersection: torch.logical_and}
 
 
 def options_of(pattern, axis):
@@ -74,11 +133,17 @@ def options_of(pattern, axis):
 
 
 def derive_mask(pattern, space):
+    """From one axis at a time, from the map in row-major order, or from the parts."""
+    if type(pattern) in SETS:
+        return reduce(SETS[type(pattern)], (derive_mask(part, space) for part in pattern.parts))
+    if isinstance(pattern, Complement):
+        return torch.logical_not(derive_mask(pattern.part, space))
+    if isinstance(pattern, GlobalTokens):
+        return torch.tensor(global_tokens_map(prod(space), pattern.tokens)).bool()
+    if type(pattern) in MAP:
+        return torch.tensor(MAP[type(pattern)](prod(space), **vars(pattern))).bool()
     axes = [AXIS[type(pattern)](length, **options_of(pattern, axis)) for axis, length in enumerate(space)]
-    mask = axes[0]
-    for other in axes[1:]:
-        mask = np.kron(mask, other)
-    return torch.tensor(mask)
+    return torch.tensor(reduce(np.kron, axes))
 
 
 @pytest.mark.parametrize(("pattern", "space"), CASES, ids=IDS)

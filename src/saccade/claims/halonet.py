@@ -111,7 +111,7 @@ def products_of_a_query() -> dict[str, int]:
 def copies_of_keys() -> dict[str, float]:
     """The keys that are extracted for all blocks of b = 8, h = 3 take ((b + 2 h) / b)^2 = 3.06 times the map's memory;
     a window of the same size for each pixel takes 196 times."""
-    blocks = Halo(8, 3, padded=True).plan((32, 32)).key
+    blocks = Halo(8, 3, padded=True).plan((32, 32)).groups[0].key
     return {"blocks": blocks.numel() / 32**2, "pixels": Neighborhood(14).num_visible((32, 32)) / 32**2}
 
 

@@ -3,11 +3,12 @@
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
+from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.dilated_window import dilated_windows
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
 from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
-from saccade.ops.pattern import AxialPattern, Pattern, Plan, Ranges
+from saccade.ops.pattern import AxialPattern, Pattern, Plan, Ranges, StaticPattern, Tiles
 from saccade.ops.position_bias import PositionBias, QueryTables, RelativeTable
 from saccade.ops.selection import (
     Selection,
@@ -17,6 +18,7 @@ from saccade.ops.selection import (
     select_similarity_mass,
     select_top_k,
 )
+from saccade.ops.sequence import Causal, Documents, GlobalTokens, Sinks, SlidingWindow
 from saccade.ops.softmax_attention import AttentionResult, merge_attention, softmax_attention
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
 from saccade.ops.tiling import TileBound, tile_bound
@@ -26,18 +28,31 @@ from saccade.ops.window import Global, Grid, Halo, Window
 __all__ = [
     "AttentionResult",
     "AxialPattern",
+    "Causal",
+    "Complement",
+    "ComposedPattern",
+    "Documents",
     "Global",
+    "GlobalTokens",
     "Grid",
     "Halo",
+    "Intersection",
     "Neighborhood",
     "Pattern",
+    "PerHead",
     "Plan",
     "PositionBias",
     "QueryTables",
     "Ranges",
     "RelativeTable",
     "Selection",
+    "SelectionUnion",
+    "Sinks",
+    "SlidingWindow",
+    "StaticPattern",
     "TileBound",
+    "Tiles",
+    "Union",
     "Window",
     "agent_attention",
     "agent_attention_weights",

@@ -1,6 +1,8 @@
 """Attention over pairs of a query and a block of keys, computed block by block: what single queries that select blocks
 need. Memory and time are linear in the pairs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,13 @@ TILE = 64  # queries that meet one key block in one product: a block with more o
 
 
 def attend_pairs(
-    query: Tensor, key: Tensor, value: Tensor, pairs: Tensor, columns: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: Tensor,
+    columns: Tensor,
+    scale: float,
+    sees: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> AttentionResult:
     """Softmax attention of every query over the tokens of its key blocks.
 
@@ -22,6 +30,7 @@ def attend_pairs(
         pairs: (B, heads | 1, N, blocks) booleans.
         columns: (blocks, c) numbers of the tokens in each block, -1 where a block is smaller.
         scale: factor of q.k.
+        sees: which pairs of query and key number, broadcastable tensors, may meet inside the blocks; None: all.
     """
     batch, heads, num_queries, _ = query.shape
     pairs = pairs.expand(batch, heads, -1, -1).flatten(0, 1).mT  # (B heads, blocks, N): sorted by block
@@ -36,9 +45,12 @@ def attend_pairs(
 
     rows = row.new_zeros(len(block_of_tile) * TILE).scatter(0, slot, row)  # a free place takes query 0, for nothing
     tiles = query.flatten(0, 2)[rows].view(-1, 1, TILE, query.shape[-1])
-    outside = columns < 0
-    hidden = torch.zeros(columns.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    hidden = hidden.masked_fill(outside, -torch.inf)[block_of_tile % len(columns), None, None]
+    keys = columns[block_of_tile % len(columns), None]  # (tiles, 1, c)
+    visible = keys >= 0
+    if sees is not None:
+        visible = visible & sees((rows % num_queries).view(-1, TILE, 1), keys)
+    hidden = torch.zeros(visible.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    hidden = hidden.masked_fill(~visible, -torch.inf).unsqueeze(1)
     out, lse = attend(tiles, blocks_of(key), blocks_of(value), hidden, scale)
     merged = _merge(out.flatten(0, 2)[slot], lse.flatten()[slot], row, batch * heads * num_queries)
     return AttentionResult(*(x.unflatten(0, (batch, heads, num_queries)) for x in merged))

@@ -1,26 +1,34 @@
 """Patterns: which keys a query may see. A pattern is a small frozen object; `sparse_attention` computes with it.
 
-A separable pattern says for each axis of space, in closed form, the range of keys that each query sees (`Ranges`); a
-key is visible when it is visible on every axis. Everything else follows from the ranges: the dense mask, the tiles
-that the engine computes, and the cost.
+Every pattern says of any pair of query and key whether they meet (`sees`); patterns combine with `&`, `|` and `~`
+(`saccade.ops.compose`). A separable pattern says for each axis of space, in closed form, the range of keys that each
+query sees (`Ranges`); a key is visible when it is visible on every axis. Everything else follows: the dense mask, the
+tiles that the engine computes, and the cost.
 """
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
+from math import prod
 from operator import index
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from saccade.errors import InputError
 
-__all__ = ["AxialPattern", "Pattern", "Plan", "Ranges"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from saccade.ops.cost import Cost
+
+__all__ = ["AxialPattern", "Pattern", "Plan", "Ranges", "StaticPattern", "Tiles"]
 
 Space = tuple[int, ...]
 SMALLEST_BLOCK = 4  # queries an axis; blocks smaller than that are computed as if every query saw something else
@@ -30,7 +38,7 @@ TILE_TOKENS = 64  # queries in a tile: enough to fill a matrix product, few enou
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _constant(keep: bool) -> Callable[[Method], Method]:
+def constant(keep: bool) -> Callable[[Method], Method]:
     """Make a method of (space, *args) a constant to a compiler, which cannot trace the numpy in it; `keep` caches it.
 
     A compiler may hold a pattern that is not built yet: class and fields go in its place.
@@ -38,9 +46,8 @@ def _constant(keep: bool) -> Callable[[Method], Method]:
 
     def decorate(method: Method) -> Method:
         @wraps(method)
-        def answer(self: "Pattern", space: Space, *args: Any) -> Any:
-            options = tuple(getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
-            return _answer(keep, method, type(self), _static(options), _static(space), args)[0]
+        def answer(self: "StaticPattern", space: Space, *args: Any) -> Any:
+            return _answer(keep, method, _recipe(self), _static(space), args)[0]
 
         return cast(Method, answer)
 
@@ -65,24 +72,34 @@ class Ranges(NamedTuple):
     origin: NDArray[np.int64] | None = None
 
 
-class Plan(NamedTuple):
-    """Tiles of queries, each with the region of keys that the engine gathers for it; rows are numbers of tokens.
+class Tiles(NamedTuple):
+    """Tiles of queries, each with the keys that the engine gathers for it; rows are numbers of tokens.
 
     Attributes:
         query: (T, Q) queries of each tile; a tile that is not full repeats its last query.
         key: (T, K) keys of each tile's region.
         visible: (T, Q, K) which of them a query sees; T is 1 where all tiles agree.
-        slot: (N,) where in the flattened tiles the result of each query stands; None: the tiles are in order.
     """
 
     query: Tensor
     key: Tensor
     visible: Tensor
+
+
+class Plan(NamedTuple):
+    """All tiles in which the engine computes.
+
+    Attributes:
+        groups: tiles of about as many keys stand together.
+        slot: (N,) where in the flattened queries of all groups, one after the other, each query stands; None: in order.
+    """
+
+    groups: tuple[Tiles, ...]
     slot: Tensor | None
 
 
 class Pattern(ABC):
-    """Which keys each query may see. Subclasses are frozen dataclasses, so that equal patterns share their plans."""
+    """Which keys each query may see. Tokens are numbered in row-major order."""
 
     @abstractmethod
     def key_space(self, space: Space) -> Space:
@@ -90,43 +107,119 @@ class Pattern(ABC):
 
     @abstractmethod
     def sees_all(self, space: Space) -> bool:
-        """Whether every query sees every key, which makes it ordinary attention."""
+        """Whether every query is known to see every key, which makes it ordinary attention."""
 
     @abstractmethod
     def mask(self, space: Space) -> Tensor:
-        """The truth: (N, M) booleans, True = may attend, tokens in row-major order."""
+        """The truth: booleans (N, M), (heads, N, M) or (B, heads | 1, N, M), True = may attend."""
 
-    @abstractmethod
     def offset(self, space: Space) -> Tensor:
         """(axes, N, M) relative position of every key to every query, with which position tables are read."""
+        queries, keys = (np.arange(prod(axes)) for axes in (space, self.key_space(space)))
+        return torch.from_numpy(token_distance(space, self.key_space(space), queries, keys))
+
+    def for_heads(self, heads: Sequence[int]) -> "Pattern":
+        """The pattern of some of the heads; most are the same for all."""
+        return self
+
+    def __and__(self, other: "Pattern") -> "Pattern":
+        """What both see."""
+        from saccade.ops.compose import intersect
+
+        return intersect(self, other)
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        """What one of the two sees, or both."""
+        from saccade.ops.compose import unite
+
+        return unite(self, other)
+
+    def __invert__(self) -> "Pattern":
+        """What the pattern hides."""
+        from saccade.ops.compose import complement
+
+        return complement(self)
+
+    def cost(self, space: Space, **sizes: Any) -> "Cost":
+        """What attention costs under the pattern; `saccade.ops.pattern_cost` says which sizes there are."""
+        from saccade.ops.cost import pattern_cost
+
+        return pattern_cost(self, space, **sizes)
+
+    def draw(self, space: Space, **options: Any) -> "Figure":
+        """Draw the mask, and what single queries see; `saccade.ops.draw_pattern` says which options there are."""
+        from saccade.ops.draw import draw_pattern
+
+        return draw_pattern(self, space, **options)
+
+
+class StaticPattern(Pattern):
+    """A pattern that follows from the map's axes alone. Subclasses are frozen dataclasses: equal ones share plans."""
+
+    @abstractmethod
+    def sees(self, space: Space, query: Tensor, key: Tensor) -> Tensor:
+        """Whether pairs of query and key meet: booleans, from broadcastable token numbers on any device."""
+
+    @abstractmethod
+    def reach(self, space: Space, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of keys, in order, among which are all that any of the queries sees."""
+
+    @abstractmethod
+    def num_visible(self, space: Space) -> int:
+        """Pairs of query and key that may attend; without forming the mask."""
 
     @abstractmethod
     def build_plan(self, space: Space) -> Plan:
         """The tiles in which the engine computes, on the CPU; `plan` caches them."""
 
     @abstractmethod
-    def build_plan_offset(self, space: Space) -> Tensor:
-        """(axes, T, Q, K), the offsets of the plan's tiles, on the CPU; T is 1 where all tiles agree."""
+    def build_plan_offset(self, space: Space) -> tuple[Tensor, ...]:
+        """For each group (axes, T, Q, K), the offsets of its tiles, on the CPU; T is 1 where all tiles agree."""
 
-    @_constant(keep=True)
+    @constant(keep=False)
+    def mask(self, space: Space) -> Tensor:
+        queries, keys = (torch.from_numpy(np.arange(prod(axes))) for axes in (space, self.key_space(space)))
+        return self.sees(space, queries[:, None], keys)
+
+    @constant(keep=False)
+    def offset(self, space: Space) -> Tensor:
+        return super().offset(space)
+
+    @constant(keep=True)
     def plan(self, space: Space, device: torch.device | str = "cpu") -> Plan:
         """The tiles in which the engine computes, cached by pattern, space and device."""
-        query, key, visible, slot = self.build_plan(space)
-        return Plan(query.to(device), key.to(device), visible.to(device), None if slot is None else slot.to(device))
+        groups, slot = self.build_plan(space)
+        moved = tuple(Tiles(*(x.to(device) for x in tiles)) for tiles in groups)
+        return Plan(moved, None if slot is None else slot.to(device))
 
-    @_constant(keep=True)
-    def plan_offset(self, space: Space, device: torch.device | str = "cpu") -> Tensor:
-        """(axes, T, Q, K), the offsets of the plan's tiles, cached likewise."""
-        return self.build_plan_offset(space).to(device)
+    @constant(keep=True)
+    def plan_offset(self, space: Space, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """For each group (axes, T, Q, K), the offsets of its tiles, cached likewise."""
+        return tuple(offset.to(device) for offset in self.build_plan_offset(space))
 
-    @_constant(keep=True)
-    def plan_hidden(self, space: Space, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """(T, 1, Q, K), 0 where the plan's keys are visible and -inf elsewhere, cached likewise."""
-        visible = self.plan(space, device).visible.unsqueeze(1)
-        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+    @constant(keep=True)
+    def plan_hidden(
+        self, space: Space, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor | None, ...]:
+        """For each group (T, 1, Q, K), 0 where keys are visible and -inf elsewhere, cached likewise; None: all are."""
+        return tuple(_hidden(tiles.visible.unsqueeze(1), dtype) for tiles in self.plan(space, device).groups)
 
 
-class AxialPattern(Pattern):
+def token_distance(
+    space: Space, key_space: Space, query: NDArray[np.int64], key: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(axes, ..., Q, K) from token numbers (..., Q) and (..., K): key's place minus query's, along each axis."""
+    rows, columns = np.unravel_index(query, space), np.unravel_index(key, key_space)
+    return np.stack([k[..., None, :] - q[..., None] for q, k in zip(rows, columns)])
+
+
+def _hidden(visible: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if visible.all():
+        return None
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+class AxialPattern(StaticPattern):
     """A pattern that is separable over the axes: it needs to give the ranges of one axis, and gets all the rest."""
 
     @abstractmethod
@@ -139,25 +232,52 @@ class AxialPattern(Pattern):
             raise InputError("space is (): a pattern needs at least one axis. Give (length,), (height, width) or three")
         return [self.ranges(axis, len(space), length) for axis, length in enumerate(space)]
 
-    @_constant(keep=True)
+    @constant(keep=True)
     def key_space(self, space: Space) -> Space:
         return tuple(ranges.keys for ranges in self.all_ranges(space))
 
-    @_constant(keep=True)
+    @constant(keep=True)
     def sees_all(self, space: Space) -> bool:
         return all((r.stop - r.start == r.keys).all() and r.step == 1 for r in self.all_ranges(space))
 
-    @_constant(keep=False)
-    def mask(self, space: Space) -> Tensor:
-        mask = np.ones((1, 1), dtype=bool)
-        for ranges in self.all_ranges(space):
-            mask = _outer(mask, _visible(ranges, np.arange(len(ranges.start)), np.arange(ranges.keys)), np.logical_and)
-        return torch.tensor(mask)
+    def sees(self, space: Space, query: Tensor, key: Tensor) -> Tensor:
+        seen = None
+        for start, stop, step, q, k in self._along(space, query, key):
+            first = start[q]
+            on_axis = (k >= first) & (k < stop[q])
+            if step > 1:
+                on_axis = on_axis & ((k - first) % step == 0)
+            seen = on_axis if seen is None else seen & on_axis
+        assert seen is not None
+        return seen
 
-    @_constant(keep=False)
+    def _along(self, space: Space, query: Tensor, key: Tensor) -> list[tuple[Tensor, Tensor, int, Tensor, Tensor]]:
+        """Of each axis, last to first: the ranges, and the places of queries and keys."""
+        found = []
+        for start, stop, step, keys in reversed(self._ends(space, query.device)):
+            found.append((start, stop, step, query % len(start), key % keys))
+            query, key = query // len(start), key // keys
+        return found
+
+    @constant(keep=True)
+    def _ends(self, space: Space, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], ...]:
+        return tuple(
+            (torch.tensor(r.start, device=device), torch.tensor(r.stop, device=device), r.step, r.keys)
+            for r in self.all_ranges(space)
+        )
+
+    def reach(self, space: Space, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+        all_ranges = self.all_ranges(space)
+        per_axis = [
+            np.flatnonzero(_visible(ranges, np.unique(places), np.arange(ranges.keys)).any(0))
+            for ranges, places in zip(all_ranges, np.unravel_index(queries, space))
+        ]
+        return _flatten([numbers[None] for numbers in per_axis], [ranges.keys for ranges in all_ranges])[0]
+
+    @constant(keep=False)
     def offset(self, space: Space) -> Tensor:
         per_axis = [_offset(r, np.arange(len(r.start)), np.arange(r.keys)) for r in self.all_ranges(space)]
-        return torch.tensor(_spread(per_axis))
+        return torch.from_numpy(_spread(per_axis))
 
     def num_visible(self, space: Space) -> int:
         """Pairs of query and key that may attend; without forming the mask."""
@@ -174,21 +294,25 @@ class AxialPattern(Pattern):
         visible = np.ones((1, 1, 1), dtype=bool)
         for ranges, (queries, keys) in zip(all_ranges, tiled):
             visible = _outer(visible, _visible(ranges, queries, keys), np.logical_and)
-        order = query.reshape(-1)
-        slot = None
-        if len(order) != np.prod(space) or (order != np.arange(len(order))).any():
-            slot = torch.tensor(np.unique(order, return_index=True)[1])  # the first of a repeated query
-        return Plan(torch.tensor(query), torch.tensor(key), torch.tensor(_shared(visible, 0)), slot)
+        tiles = Tiles(*(torch.from_numpy(x) for x in (query, key, _shared(visible, 0))))
+        return Plan((tiles,), plan_slots(query.reshape(-1), prod(space)))
 
-    def build_plan_offset(self, space: Space) -> Tensor:
+    def build_plan_offset(self, space: Space) -> tuple[Tensor, ...]:
         all_ranges, tiled = self._tiles(space)
         offset = _spread([_offset(r, queries, keys) for r, (queries, keys) in zip(all_ranges, tiled)])
-        return torch.tensor(_shared(offset, 1))
+        return (torch.from_numpy(_shared(offset, 1)),)
 
     def _tiles(self, space: Space) -> tuple[list[Ranges], list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
         all_ranges = self.all_ranges(space)
         side = round(TILE_TOKENS ** (1 / len(space)))
         return all_ranges, [_tile_axis(ranges, side) for ranges in all_ranges]
+
+
+def plan_slots(order: NDArray[np.int64], count: int) -> Tensor | None:
+    """Where each token first stands in an order that may repeat some; None if it holds every token once, in order."""
+    if len(order) == count and (order == np.arange(count)).all():
+        return None
+    return torch.from_numpy(np.unique(order, return_index=True)[1])
 
 
 def _visible(ranges: Ranges, query: NDArray[np.int64], key: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -264,7 +388,9 @@ def _shared(per_tile: NDArray, axis: int) -> NDArray:
 
 
 def _static(value: Any) -> Any:
-    """Plain numbers: a compiler that traces with symbolic sizes specialises on them here."""
+    """Plain numbers: a compiler that traces with symbolic sizes specialises on them here; patterns as recipes."""
+    if isinstance(value, Pattern):
+        return _recipe(value)
     if isinstance(value, (tuple, list)):
         return tuple(_static(each) for each in value)
     return index(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
@@ -275,25 +401,30 @@ _MOST_KEPT = 2048
 
 
 @torch.compiler.assume_constant_result
-def _answer(
-    keep: bool, method: Callable[..., Any], kind: type[Pattern], options: Any, space: Space, args: Any
-) -> tuple[Any]:
+def _answer(keep: bool, method: Callable[..., Any], recipe: Any, space: Space, args: Any) -> tuple[Any]:
     """A tuple of one, since a compiler confuses bare tensors of two calls (torch 2.13)."""
-    question = (method, kind, options, space, args)
+    question = (method, recipe, space, args)
     if question in _KEPT:
         _KEPT.move_to_end(question)
         return (_KEPT[question],)
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward pass
-        value = method(kind(*options), space, *args)
-    if keep and _is_real(value):
+    # real tensors also inside a trace; an inference tensor could not be saved for a later backward pass
+    with _disable_current_modes(), torch.inference_mode(False):
+        value = method(_build(recipe), space, *args)
+    if keep:
         _KEPT[question] = value
         if len(_KEPT) > _MOST_KEPT:
             _KEPT.popitem(last=False)
     return (value,)
 
 
-def _is_real(value: Any) -> bool:
-    """Whether no part is the fake tensor of a trace."""
-    if isinstance(value, tuple):
-        return all(map(_is_real, value))
-    return not isinstance(value, Tensor) or type(value) is Tensor
+def _recipe(pattern: Pattern) -> tuple[Any, ...]:
+    """Class and fields of a pattern, and of the patterns in it."""
+    return (type(pattern), *(_static(getattr(pattern, each.name)) for each in fields(pattern)))  # type: ignore[arg-type]
+
+
+def _build(recipe: Any) -> Any:
+    """The pattern that a recipe stands for; anything else is itself."""
+    if not isinstance(recipe, tuple):
+        return recipe
+    parts = tuple(map(_build, recipe))
+    return parts[0](*parts[1:]) if parts and isinstance(parts[0], type) else parts

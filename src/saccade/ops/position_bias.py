@@ -21,6 +21,10 @@ class PositionBias(ABC):
     def __call__(self, query: Tensor, offset: Tensor) -> Tensor:
         """(..., heads, Q, K) or broadcastable, from query (..., T, heads, Q, D) and offset (axes, T, Q, K)."""
 
+    def for_heads(self, heads: Sequence[int]) -> "PositionBias":
+        """The term of some of the heads."""
+        return self
+
 
 class RelativeTable(PositionBias):
     """One learned number for each head and offset (Swin, 2021, arXiv:2103.14030).
@@ -31,6 +35,9 @@ class RelativeTable(PositionBias):
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
+
+    def for_heads(self, heads: Sequence[int]) -> "RelativeTable":
+        return RelativeTable(self.table[list(heads)])
 
     def __call__(self, query: Tensor, offset: Tensor) -> Tensor:
         heads, *rows = self.table.shape

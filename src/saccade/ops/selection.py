@@ -5,7 +5,8 @@ computes. With blocks of one token a selection is a list of keys for each query.
 gradients flow to the queries, keys and values that meet.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from saccade.errors import InputError, check_choice
 from saccade.ops.check import check_positive, per_axis
-from saccade.ops.pattern import Pattern, Plan
+from saccade.ops.pattern import Pattern, StaticPattern
 
 __all__ = ["Selection", "block_means", "select_mask", "select_mass", "select_similarity_mass", "select_top_k"]
 
@@ -32,6 +33,7 @@ class Selection(Pattern):
         key_block: the same for the keys.
         key_size: the axes of the keys' map; None where it is that of the queries.
         ragged: allow an axis that the block does not divide; the last block along it is then smaller.
+        within: a static pattern that hides pairs of tokens inside the chosen blocks; `selection & pattern` sets it.
     """
 
     blocks: Tensor
@@ -40,6 +42,7 @@ class Selection(Pattern):
     key_block: int | tuple[int, ...] = 1
     key_size: tuple[int, ...] | None = None
     ragged: bool = False
+    within: StaticPattern | None = None
 
     def __post_init__(self) -> None:
         check_positive(query_block=self.query_block, key_block=self.key_block)
@@ -63,14 +66,27 @@ class Selection(Pattern):
                 f"blocks is {tuple(self.blocks.shape)}, for {self.blocks.shape[2]} query blocks: a map {space} "
                 f"in blocks of {self.query_block} has {num_blocks(space, self.query_block)}"
             )
+        if self.within is not None and self.within.key_space(space) != keys:
+            raise InputError(f"{self.within} on {space} does not take keys on {keys}, as the selection does")
         return keys
+
+    def for_heads(self, heads: Sequence[int]) -> "Selection":
+        if self.blocks.shape[1] == 1:
+            return self
+        return replace(self, blocks=self.blocks[:, heads], used=self.used[:, heads])
 
     def sees_all(self, space: tuple[int, ...]) -> bool:
         return False  # it may, but to know that would wait for the device
 
     def pairs(self, space: tuple[int, ...]) -> Tensor:
         """(B, heads | 1, T, M) booleans: which blocks of keys each block of queries sees."""
-        count = num_blocks(self.key_space(space), self.key_block)
+        return self._pairs(num_blocks(self.key_space(space), self.key_block))
+
+    def listed_pairs(self) -> Tensor:
+        """The same without knowing the map: key blocks end with the last one that is listed."""
+        return self._pairs(int(self.blocks.max()) + 1 if self.blocks.numel() else 0)
+
+    def _pairs(self, count: int) -> Tensor:
         none = self.blocks.new_zeros(*self.blocks.shape[:3], count, dtype=torch.uint8)
         # scatter_reduce, not scatter: an unused entry may repeat the number of a used one
         return none.scatter_reduce(-1, self.blocks, self.used.byte(), "amax").bool()
@@ -81,18 +97,8 @@ class Selection(Pattern):
         rows = block_order(space, self.query_block, pairs.device)
         columns = block_order(keys, self.key_block, pairs.device)
         tokens = pairs.repeat_interleave(rows.shape[1], 2).repeat_interleave(columns.shape[1], 3)
-        return tokens[:, :, token_slots(rows, space)][..., token_slots(columns, keys)]
-
-    def offset(self, space: tuple[int, ...]) -> Tensor:
-        """(axes, N, M) distance of key and query along each axis."""
-        rows, columns = (_places(axes, self.blocks.device) for axes in (space, self.key_space(space)))
-        return columns[:, None, :] - rows[:, :, None]
-
-    def build_plan(self, space: tuple[int, ...]) -> Plan:
-        raise InputError("a selection has no plan of its own: its tiles differ for each image and head")
-
-    def build_plan_offset(self, space: tuple[int, ...]) -> Tensor:
-        raise InputError("a selection has no plan of its own: its tiles differ for each image and head")
+        found = tokens[:, :, token_slots(rows, space)][..., token_slots(columns, keys)]
+        return found if self.within is None else found & self.within.mask(space).to(found.device)
 
 
 def block_order(space: tuple[int, ...], block: int | tuple[int, ...], device: torch.device) -> Tensor:
@@ -241,11 +247,6 @@ def _pool(scores: Tensor, scope: str) -> Tensor:
     if scope == "block":
         return scores.detach().movedim(-1, 1).flatten(2)
     return scores.detach().flatten({"query": 3, "head": 2, "all": 1}[scope])
-
-
-def _places(space: tuple[int, ...], device: torch.device) -> Tensor:
-    """(axes, N) coordinates of all tokens."""
-    return torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in space), indexing="ij")).flatten(1)
 
 
 def _check_mass(mass: float) -> None:

@@ -7,6 +7,7 @@
 | `auto`      | `tiled`                          | every device, forward and backward           |
 """
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from saccade.errors import InputError, check_choice
 from saccade.ops.check import check_attention
+from saccade.ops.compose import PerHead, SelectionUnion
 from saccade.ops.pair_attention import attend_pairs
-from saccade.ops.pattern import Pattern, Plan
+from saccade.ops.pattern import Pattern, StaticPattern
 from saccade.ops.position_bias import PositionBias
 from saccade.ops.selection import Selection, block_order, token_slots
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
@@ -104,12 +106,8 @@ def sparse_attention(
             f"bias is a tensor {tuple(bias.shape)} and impl is {impl!r}: a dense bias has N x M entries, which only "
             "impl='reference' forms. Give a PositionBias such as RelativeTable"
         )
-    elif isinstance(pattern, Selection):
-        result = _selected(query, key, value, pattern, space, bias, scale, need_lse)
-    elif bias is None and pattern.sees_all(space):
-        result = _dense(query, key, value, None, scale, need_lse)
     else:
-        result = _tiled(query, key, value, pattern, space, bias, scale, need_lse)
+        result = _compute(query, key, value, pattern, space, bias, scale, need_lse)
     if extra_key is not None and extra_value is not None:
         result = merge_attention([attend(query, extra_key, extra_value, None, scale), result])
     out = result.out.unflatten(2, space)
@@ -149,11 +147,52 @@ def _dense_added(query: Tensor, pattern: Pattern, space: tuple[int, ...], bias: 
     return torch.where(visible, torch.zeros((), dtype=dtype, device=query.device) if bias is None else bias, -torch.inf)
 
 
-def _tiled(
+def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     pattern: Pattern,
+    space: tuple[int, ...],
+    bias: PositionBias | None,
+    scale: float,
+    need_lse: bool,
+) -> AttentionResult:
+    """Choose the way by the kind of pattern; flat queries, keys and values."""
+    rest = (space, bias, scale)
+    if isinstance(pattern, PerHead):
+        parts = [
+            _compute(*_of_heads(query, key, value, heads), part, space, _bias_of(bias, heads), scale, need_lse)
+            for part, heads in pattern.by_pattern()
+        ]
+        order = [head for _, heads in pattern.by_pattern() for head in heads]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        out = torch.cat([part.out for part in parts], 1)[:, back]
+        return AttentionResult(out, torch.cat([part.lse for part in parts], 1)[:, back] if need_lse else parts[0].lse)
+    if isinstance(pattern, SelectionUnion):
+        return merge_attention([_compute(query, key, value, part, *rest, need_lse=True) for part in pattern.parts()])
+    if isinstance(pattern, Selection):
+        return _selected(query, key, value, pattern, *rest, need_lse)
+    if bias is None and pattern.sees_all(space):
+        return _dense(query, key, value, None, scale, need_lse)
+    assert isinstance(pattern, StaticPattern)
+    return _tiled(query, key, value, pattern, *rest, need_lse)
+
+
+def _of_heads(query: Tensor, key: Tensor, value: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Some heads of the queries, and the keys and values of each."""
+    shared = [head // (query.shape[1] // key.shape[1]) for head in heads]
+    return query[:, heads], key[:, shared], value[:, shared]
+
+
+def _bias_of(bias: PositionBias | None, heads: list[int]) -> PositionBias | None:
+    return None if bias is None else bias.for_heads(heads)
+
+
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: StaticPattern,
     space: tuple[int, ...],
     bias: PositionBias | None,
     scale: float,
@@ -165,23 +204,27 @@ def _tiled(
     (T, B heads, Q, D), so that a mask for each tile need not be repeated for each image.
     """
     batch, heads = query.shape[:2]
-    plan = pattern.plan(space, query.device)
+    groups, slot = pattern.plan(space, query.device)
     dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
-    added = pattern.plan_hidden(space, dtype, query.device)  # (T | 1, 1, Q, K)
-    offset = None if bias is None else pattern.plan_offset(space, query.device)
-    shared = len(added) == 1 and (offset is None or offset.shape[1] == 1)
-    gather = _gather_into_batch if shared else _gather_into_heads
-    query, key, value = gather(query, plan.query), gather(key, plan.key), gather(value, plan.key)
-    if bias is not None and offset is not None:
-        term = bias(query, offset)
-        if not shared and term.shape[1] == heads:
-            term = term.repeat(1, batch, 1, 1)
-        added = added + term
-    result = _dense(query, key, value, added, scale, need_lse)
-    scatter = _scatter_from_batch if shared else _scatter_from_heads
-    out = scatter(result.out, plan, batch, heads)
-    lse = scatter(result.lse.unsqueeze(-1), plan, batch, heads).squeeze(-1) if need_lse else result.lse
-    return AttentionResult(out, lse)
+    masks = pattern.plan_hidden(space, dtype, query.device)  # (T | 1, 1, Q, K) each
+    offsets = (None,) * len(groups) if bias is None else pattern.plan_offset(space, query.device)
+    shared = len(groups) == 1 and len(groups[0].visible) == 1 and (offsets[0] is None or offsets[0].shape[1] == 1)
+    gather, scatter = (_gather_into_batch, _scatter_from_batch) if shared else (_gather_into_heads, _scatter_from_heads)
+    outs, lses = [], []
+    for tiles, hidden, offset in zip(groups, masks, offsets):
+        q, k, v = gather(query, tiles.query), gather(key, tiles.key), gather(value, tiles.key)
+        added = hidden
+        if bias is not None and offset is not None:
+            term = bias(q, offset)
+            if not shared and term.shape[1] == heads:
+                term = term.repeat(1, batch, 1, 1)
+            added = term if hidden is None else term + hidden
+        result = _dense(q, k, v, added, scale, need_lse)
+        outs.append(result.out)
+        lses.append(result.lse.unsqueeze(-1) if need_lse else result.lse)
+    sizes = (slot, batch, heads, sum(tiles.query.numel() for tiles in groups))
+    lse = scatter(lses, *sizes).squeeze(-1) if need_lse else lses[0]
+    return AttentionResult(scatter(outs, *sizes), lse)
 
 
 def _selected(
@@ -206,7 +249,8 @@ def _selected(
     if rows.shape[1] == 1 < columns.shape[1]:
         if torch.compiler.is_compiling():  # the sizes of a graph cannot depend on values
             return attend(query, key, value, _dense_added(query, selection, space, None), scale)
-        return attend_pairs(query, key, value, selection.pairs(space), columns, scale)
+        sees = None if selection.within is None else partial(selection.within.sees, space)
+        return attend_pairs(query, key, value, selection.pairs(space), columns, scale, sees)
     blocks, used = (x.expand(batch, heads, -1, -1) for x in (selection.blocks, selection.used))
     first = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * len(columns)
     number = (blocks + first).flatten()  # of a block among those of all images and heads
@@ -217,7 +261,13 @@ def _selected(
         return found.view(len(tiles), 1, blocks.shape[-1] * columns.shape[1], x.shape[-1])
 
     tiles = query[:, :, rows.flatten()].unflatten(2, tuple(rows.shape)).flatten(0, 2).unsqueeze(1)
-    visible = (used.unsqueeze(-1) & (columns >= 0)[blocks]).flatten(0, 2).flatten(1)[:, None, None]
+    chosen = columns[blocks]  # (B, heads, T, entries, tokens of a block)
+    visible = (used.unsqueeze(-1) & (chosen >= 0)).flatten(3).unsqueeze(3)
+    if selection.within is not None:
+        visible = visible & selection.within.sees(
+            space, rows.clamp(min=0).unsqueeze(-1), chosen.flatten(3).unsqueeze(3)
+        )
+    visible = visible.flatten(0, 2).unsqueeze(1)
     dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
     hidden = torch.zeros(visible.shape, dtype=dtype, device=query.device).masked_fill(~visible, -torch.inf)
     result = _dense(tiles, gather(key), gather(value), hidden, scale, need_lse)
@@ -249,19 +299,21 @@ def _gather_into_heads(x: Tensor, rows: Tensor) -> Tensor:
     return tokens.index_select(0, rows.flatten()).view(*rows.shape, batch * heads, dim).transpose(1, 2)
 
 
-def _scatter_from_batch(tiles: Tensor, plan: Plan, batch: int, heads: int) -> Tensor:
-    """(B T, heads, Q, D) back to (B, heads, N, D)."""
+def _scatter_from_batch(groups: list[Tensor], slot: Tensor | None, batch: int, heads: int, num_queries: int) -> Tensor:
+    """(B T, heads, Q, D) of the only group back to (B, heads, N, D)."""
+    (tiles,) = groups
     dim = tiles.shape[-1]
-    tokens = tiles.transpose(1, 2).reshape(batch, plan.query.numel(), heads * dim)
-    tokens = tokens if plan.slot is None else tokens.index_select(1, plan.slot)
+    tokens = tiles.transpose(1, 2).reshape(batch, num_queries, heads * dim)
+    tokens = tokens if slot is None else tokens.index_select(1, slot)
     return tokens.unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
-def _scatter_from_heads(tiles: Tensor, plan: Plan, batch: int, heads: int) -> Tensor:
-    """(T, B heads, Q, D) back to (B, heads, N, D)."""
-    tokens = tiles.transpose(1, 2).flatten(0, 1).flatten(1)
-    tokens = tokens if plan.slot is None else tokens.index_select(0, plan.slot)
-    return tokens.unflatten(-1, (batch, heads, tiles.shape[-1])).permute(1, 2, 0, 3)
+def _scatter_from_heads(groups: list[Tensor], slot: Tensor | None, batch: int, heads: int, num_queries: int) -> Tensor:
+    """(T, B heads, Q, D) of each group back to (B, heads, N, D)."""
+    tokens = torch.cat([tiles.transpose(1, 2).flatten(0, 1).flatten(1) for tiles in groups])
+    assert len(tokens) == num_queries
+    tokens = tokens if slot is None else tokens.index_select(0, slot)
+    return tokens.unflatten(-1, (batch, heads, groups[0].shape[-1])).permute(1, 2, 0, 3)
 
 
 def _check(
@@ -278,6 +330,8 @@ def _check(
         raise InputError(f"key has space {keys}: {pattern} with queries on {space} takes keys on {expected}")
     if (extra_key is None) != (extra_value is None):
         raise InputError("extra_key and extra_value go together: give both or none")
+    if isinstance(pattern, PerHead) and len(pattern.patterns) != query.shape[1]:
+        raise InputError(f"pattern is for {len(pattern.patterns)} heads and query has {query.shape[1]}: give one each")
     if extra_key is not None and extra_value is not None:
         check_attention(query.flatten(2, -2), extra_key, extra_value, axes=1)
     return space
