@@ -4,7 +4,9 @@ from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
+from saccade.ops.cost import Cost, pattern_cost
 from saccade.ops.dilated_window import dilated_windows
+from saccade.ops.draw import draw_pattern
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
 from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
@@ -31,6 +33,7 @@ __all__ = [
     "Causal",
     "Complement",
     "ComposedPattern",
+    "Cost",
     "Documents",
     "Global",
     "GlobalTokens",
@@ -61,10 +64,12 @@ __all__ = [
     "channel_attention_weights",
     "choose_blocks",
     "dilated_windows",
+    "draw_pattern",
     "merge_attention",
     "mixture_of_blocks",
     "outlook_attention",
     "outlook_attention_weights",
+    "pattern_cost",
     "region_scores",
     "resample_windows",
     "resampling_weights",

@@ -105,6 +105,9 @@ class Union(ComposedPattern):
 
     parts: tuple[StaticPattern, ...]
 
+    def __str__(self) -> str:
+        return " | ".join(f"({part})" if isinstance(part, Union | Intersection) else str(part) for part in self.parts)
+
     @constant(keep=True)
     def key_space(self, space: Space) -> Space:
         return _agree(self.parts, space)
@@ -131,6 +134,9 @@ class Intersection(ComposedPattern):
 
     parts: tuple[StaticPattern, ...]
 
+    def __str__(self) -> str:
+        return " & ".join(f"({part})" if isinstance(part, Union | Intersection) else str(part) for part in self.parts)
+
     @constant(keep=True)
     def key_space(self, space: Space) -> Space:
         return _agree(self.parts, space)
@@ -156,6 +162,9 @@ class Complement(ComposedPattern):
 
     part: StaticPattern
 
+    def __str__(self) -> str:
+        return f"~({self.part})" if isinstance(self.part, Union | Intersection) else f"~{self.part}"
+
     @constant(keep=True)
     def key_space(self, space: Space) -> Space:
         return self.part.key_space(space)
@@ -173,6 +182,9 @@ class SelectionUnion(Pattern):
 
     selection: Selection
     static: StaticPattern
+
+    def __str__(self) -> str:
+        return f"{self.selection} | {self.static}"
 
     def key_space(self, space: Space) -> Space:
         keys = self.selection.key_space(space)
@@ -210,6 +222,9 @@ class PerHead(Pattern):
     """
 
     patterns: tuple[Pattern, ...]
+
+    def __str__(self) -> str:
+        return f"PerHead({'; '.join(map(str, self.patterns))})"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", tuple(self.patterns))

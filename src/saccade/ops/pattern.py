@@ -118,6 +118,22 @@ class Pattern(ABC):
         queries, keys = (np.arange(prod(axes)) for axes in (space, self.key_space(space)))
         return torch.from_numpy(token_distance(space, self.key_space(space), queries, keys))
 
+    def __str__(self) -> str:
+        """The call that makes it, with what differs from the defaults; tensors are left out.
+
+        >>> from saccade.ops import Window
+        >>> str(Window(7, ragged=True))
+        'Window(7, ragged=True)'
+        """
+        shown, in_order = [], True
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor) or value is each.default:
+                in_order = False
+            else:
+                shown.append(str(value) if in_order else f"{each.name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def for_heads(self, heads: Sequence[int]) -> "Pattern":
         """The pattern of some of the heads; most are the same for all."""
         return self

@@ -78,6 +78,14 @@ class Selection(Pattern):
     def sees_all(self, space: tuple[int, ...]) -> bool:
         return False  # it may, but to know that would wait for the device
 
+    def block_shapes(self, space: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(T, Q) and (blocks, c) numbers of the tokens in the blocks of queries and of keys, -1 past the map's end."""
+        device = self.blocks.device
+        return (
+            block_order(space, self.query_block, device),
+            block_order(self.key_space(space), self.key_block, device),
+        )
+
     def pairs(self, space: tuple[int, ...]) -> Tensor:
         """(B, heads | 1, T, M) booleans: which blocks of keys each block of queries sees."""
         return self._pairs(num_blocks(self.key_space(space), self.key_block))
@@ -94,8 +102,7 @@ class Selection(Pattern):
     def mask(self, space: tuple[int, ...]) -> Tensor:
         """The truth: (B, heads | 1, N, M) booleans."""
         keys, pairs = self.key_space(space), self.pairs(space)
-        rows = block_order(space, self.query_block, pairs.device)
-        columns = block_order(keys, self.key_block, pairs.device)
+        rows, columns = self.block_shapes(space)
         tokens = pairs.repeat_interleave(rows.shape[1], 2).repeat_interleave(columns.shape[1], 3)
         found = tokens[:, :, token_slots(rows, space)][..., token_slots(columns, keys)]
         return found if self.within is None else found & self.within.mask(space).to(found.device)

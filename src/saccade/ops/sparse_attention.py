@@ -19,7 +19,7 @@ from saccade.ops.compose import PerHead, SelectionUnion
 from saccade.ops.pair_attention import attend_pairs
 from saccade.ops.pattern import Pattern, StaticPattern
 from saccade.ops.position_bias import PositionBias
-from saccade.ops.selection import Selection, block_order, token_slots
+from saccade.ops.selection import Selection, token_slots
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
@@ -244,8 +244,7 @@ def _selected(
     if bias is not None:
         raise InputError("bias is given with a Selection: only impl='reference' adds one there")
     batch, heads = query.shape[:2]
-    rows = block_order(space, selection.query_block, query.device)
-    columns = block_order(selection.key_space(space), selection.key_block, query.device)
+    rows, columns = (order.to(query.device) for order in selection.block_shapes(space))
     if rows.shape[1] == 1 < columns.shape[1]:
         if torch.compiler.is_compiling():  # the sizes of a graph cannot depend on values
             return attend(query, key, value, _dense_added(query, selection, space, None), scale)
