@@ -9,6 +9,9 @@ from hypothesis import settings
 settings.register_profile("saccade", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("saccade")
 
+if not torch.cuda.is_available():  # before anything imports triton, whose kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

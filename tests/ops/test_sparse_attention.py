@@ -347,7 +347,7 @@ def shapes(query=(2, 4, 4, 6, 3), key=(2, 2, 4, 6, 3), value=(2, 2, 4, 6, 5)):
         (shapes(value=(2, 2, 4, 5, 5)), {}, r"value is \(2, 2, 4, 5, 5\) but key is \(2, 2, 4, 6, 3\): both share"),
         (shapes(), {"bias": torch.zeros(24, 24)}, r"bias is a tensor \(24, 24\) and impl is 'auto': .*'reference'"),
         (shapes(), {"extra_key": torch.zeros(2, 2, 1, 3)}, "extra_key and extra_value go together: give both or none"),
-        (shapes(), {"impl": "flash"}, "impl is 'flash': choose one of auto, reference, tiled"),
+        (shapes(), {"impl": "flash"}, "impl is .flash.: choose one of auto, flex, reference, tiled, triton"),
         (
             [torch.zeros(1, 1, 2, 2, 2, 2, 3)] * 3,
             {},

@@ -26,6 +26,7 @@ from saccade.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from saccade.ops.block_lists import BlockLists
     from saccade.ops.cost import Cost
 
 __all__ = ["AxialPattern", "Pattern", "Plan", "Ranges", "StaticPattern", "Tiles"]
@@ -219,6 +220,21 @@ class StaticPattern(Pattern):
     ) -> tuple[Tensor | None, ...]:
         """For each group (T, 1, Q, K), 0 where keys are visible and -inf elsewhere, cached likewise; None: all are."""
         return tuple(_hidden(tiles.visible.unsqueeze(1), dtype) for tiles in self.plan(space, device).groups)
+
+    @constant(keep=True)
+    def block_lists(self, space: Space, query_tile: int = 64, key_tile: int = 64) -> "BlockLists":
+        """What block-sparse kernels run on (`saccade.ops.block_lists`), on the CPU, cached likewise."""
+        from saccade.ops.block_lists import block_lists
+
+        return block_lists(self, space, query_tile, key_tile)
+
+    @constant(keep=True)
+    def kernel_lists(
+        self, space: Space, query_tile: int, key_tile: int, device: torch.device
+    ) -> tuple["BlockLists", "BlockLists"]:
+        """The same for a kernel on a device, by query tile and by key tile."""
+        lists = self.block_lists(space, query_tile, key_tile)
+        return lists.to(device), lists.transposed().to(device)
 
 
 def token_distance(

@@ -1,10 +1,12 @@
 """Sparse softmax attention = pattern x engine: the pattern says which keys a query may see, the engine computes.
 
-| `impl`      | what it forms                    | serves                                       |
-|-------------|----------------------------------|----------------------------------------------|
-| `reference` | all N x M weights under a mask   | everything; the definition                   |
-| `tiled`     | tiles of queries x their regions | everything, memory linear in N; CPU and CUDA |
-| `auto`      | `tiled`                          | every device, forward and backward           |
+| `impl`      | what it forms                    | serves                                                           |
+|-------------|----------------------------------|------------------------------------------------------------------|
+| `reference` | all N x M weights under a mask   | everything; the definition                                       |
+| `tiled`     | tiles of queries x their regions | everything, memory linear in N; CPU and CUDA                     |
+| `triton`    | nothing but the result           | static patterns without bias; CUDA, half precision or float32    |
+| `flex`      | nothing but the result           | static patterns without bias; CUDA, and on the CPU forward alone |
+| `auto`      | `tiled`                          | every device, forward and backward                               |
 """
 
 from functools import partial
@@ -23,6 +25,9 @@ from saccade.ops.selection import Selection, token_slots
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
+
+IMPLS = ("auto", "tiled", "reference", "triton", "flex")
+KERNEL_TILE = 64  # queries, and keys, of the tiles that the Triton kernels visit
 
 
 @overload
@@ -95,7 +100,7 @@ def sparse_attention(
     tensor([0.5000, 0.5000, 2.5000, 2.5000])
     """
     space = _check(query, key, value, pattern, extra_key, extra_value)
-    check_choice("impl", impl, ("auto", "tiled", "reference"))
+    check_choice("impl", impl, IMPLS)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = query.flatten(2, -2), key.flatten(2, -2), value.flatten(2, -2)
     need_lse = return_lse or extra_key is not None
@@ -107,7 +112,7 @@ def sparse_attention(
             "impl='reference' forms. Give a PositionBias such as RelativeTable"
         )
     else:
-        result = _compute(query, key, value, pattern, space, bias, scale, need_lse)
+        result = _compute(query, key, value, pattern, space, bias, scale, need_lse, impl)
     if extra_key is not None and extra_value is not None:
         result = merge_attention([attend(query, extra_key, extra_value, None, scale), result])
     out = result.out.unflatten(2, space)
@@ -156,12 +161,12 @@ def _compute(
     bias: PositionBias | None,
     scale: float,
     need_lse: bool,
+    impl: str,
 ) -> AttentionResult:
     """Choose the way by the kind of pattern; flat queries, keys and values."""
-    rest = (space, bias, scale)
     if isinstance(pattern, PerHead):
         parts = [
-            _compute(*_of_heads(query, key, value, heads), part, space, _bias_of(bias, heads), scale, need_lse)
+            _compute(*_of_heads(query, key, value, heads), part, space, _bias_of(bias, heads), scale, need_lse, impl)
             for part, heads in pattern.by_pattern()
         ]
         order = [head for _, heads in pattern.by_pattern() for head in heads]
@@ -169,13 +174,51 @@ def _compute(
         out = torch.cat([part.out for part in parts], 1)[:, back]
         return AttentionResult(out, torch.cat([part.lse for part in parts], 1)[:, back] if need_lse else parts[0].lse)
     if isinstance(pattern, SelectionUnion):
-        return merge_attention([_compute(query, key, value, part, *rest, need_lse=True) for part in pattern.parts()])
+        return merge_attention(
+            [_compute(query, key, value, part, space, bias, scale, True, impl) for part in pattern.parts()]
+        )
+    if impl in ("triton", "flex"):
+        return _by_kernel(query, key, value, pattern, space, bias, scale, need_lse, impl)
     if isinstance(pattern, Selection):
-        return _selected(query, key, value, pattern, *rest, need_lse)
+        return _selected(query, key, value, pattern, space, bias, scale, need_lse)
     if bias is None and pattern.sees_all(space):
         return _dense(query, key, value, None, scale, need_lse)
     assert isinstance(pattern, StaticPattern)
-    return _tiled(query, key, value, pattern, *rest, need_lse)
+    return _tiled(query, key, value, pattern, space, bias, scale, need_lse)
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    space: tuple[int, ...],
+    bias: PositionBias | None,
+    scale: float,
+    need_lse: bool,
+    impl: str,
+) -> AttentionResult:
+    """Kernels that skip tiles, where they can serve the call."""
+    if bias is not None or not isinstance(pattern, StaticPattern):
+        what = "a bias is given" if bias is not None else f"the pattern is a {type(pattern).__name__}"
+        raise InputError(f"impl is {impl!r} and {what}: it serves static patterns without a bias. Use impl='tiled'")
+    if impl == "flex":
+        from saccade.ops.flex_attention import attend_flex
+
+        return attend_flex(query, key, value, pattern, space, scale, need_lse)
+    try:
+        from saccade.ops import triton_attention
+    except ImportError as error:
+        raise InputError(f"impl is 'triton' and {error}: install triton, or use impl='tiled'") from error
+    if query.device.type != "cuda" and not triton_attention.INTERPRETED:
+        raise InputError(
+            f"impl is 'triton' and the tensors are on {query.device}: its kernels run on CUDA, and on the CPU under "
+            "TRITON_INTERPRET=1 alone. Use impl='tiled'"
+        )
+    if query.dtype == torch.float64:
+        raise InputError("impl is 'triton' and query is torch.float64: its kernels sum in float32. Use impl='tiled'")
+    lists = pattern.kernel_lists(space, KERNEL_TILE, KERNEL_TILE, query.device)
+    return AttentionResult(*triton_attention.attend_blocks(query, key, value, *lists, scale))
 
 
 def _of_heads(query: Tensor, key: Tensor, value: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
