@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import saccade
 from saccade.errors import InputError
 from saccade.mixers import HaloAttention, WindowAttention
 
@@ -101,11 +102,33 @@ def test_parameters_depend_on_block_and_halo_through_the_tables_alone():
     ("options", "space", "message"),
     [
         ({"stride": 3}, (8, 8), "stride is 3: HaloNet's attention keeps every query .1. or every second one .2."),
-        ({"block_size": 9}, (8, 12), r"block_size is 9 and the map is \(8, 12\): .* or block_size=None"),
-        ({"stride": 2}, (7, 8), r"x is \(2, 7, 8, 8\) and stride is 2: every axis needs an even number .* Pad the map"),
+        (
+            {"block_size": 9},
+            (8, 12),
+            r"block_size is 9 and the map is \(8, 12\): .*, block_size=None, .* clip_block=True",
+        ),
         ({}, (12,), r"x is \(2, 12, 8\): the position tables are for 2 axes. Set axes=1"),
     ],
 )
 def test_calls_that_cannot_be_served(options, space, message):
     with pytest.raises(InputError, match=message):
         HaloAttention(DIM, **options).double()(make_input(*space))
+
+
+def test_a_map_that_the_stride_does_not_divide_is_one_with_zero_keys_at_its_end():
+    """Of a map without bias, a row of zeros gives zero keys and values, as the halo has them."""
+    mixer, x = HaloAttention(DIM, HEADS, block_size=4, halo_size=2, stride=2).double(), make_input(7, 9)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 1))
+    assert mixer(x).shape[1:3] == (4, 5)
+    assert_close(mixer(x), mixer(padded))
+    with saccade.tap(mixer) as seen:
+        mixer(x)
+    assert seen[""].attention.shape[2:] == (20, 63)
+
+
+def test_a_block_larger_than_the_map_is_clipped_to_it_when_asked():
+    mixer, x = HaloAttention(DIM, HEADS, block_size=6, clip_block=True, halo_size=1).double(), make_input(5, 5)
+    same = HaloAttention(DIM, HEADS, block_size=5, halo_size=1).double()
+    state = mixer.state_dict()
+    same.load_state_dict(state | {name: state[name][1:-1] for name in ("tables.0", "tables.1")})
+    assert_close(mixer(x), same(x))

@@ -24,8 +24,9 @@ class HaloAttention(Mixer):
         num_heads: attention heads; None takes one for each 32 channels.
         block_size: tokens of a block along each axis. None takes at most 8, so that an axis is cut into two or more
             blocks of about equal size; a size that is asked for and larger than the map is an error.
+        clip_block: take the whole map as one block where block_size is larger, instead.
         halo_size: tokens that a block sees beyond itself on every side.
-        stride: 1, or 2 to keep every second query along each axis: the output is then half the map.
+        stride: 1, or 2 to keep every second query along each axis: the output is then half the map, rounded up.
         avg_down: with stride 2, attend with all queries and average 2 x 2; an odd block does so in any case.
         dim_out: channels of the output; None keeps C.
         dim_head: width of queries and keys of a head; None takes dim_out / num_heads.
@@ -41,6 +42,7 @@ class HaloAttention(Mixer):
         num_heads: int | None = None,
         *,
         block_size: int | None = None,
+        clip_block: bool = False,
         halo_size: int = 3,
         stride: int = 1,
         avg_down: bool = False,
@@ -59,6 +61,7 @@ class HaloAttention(Mixer):
         self.num_heads = choose_heads(dim_out, num_heads)
         self.dim_head = dim_out // self.num_heads if dim_head is None else dim_head
         self.block_size = block_size
+        self.clip_block = clip_block
         self.halo_size = halo_size
         self.pool = stride == 2 and (avg_down or block % 2 == 1)
         self.query_stride = 1 if self.pool else stride
@@ -84,7 +87,9 @@ class HaloAttention(Mixer):
             [self.dim_head, self.kv.out_features // self.num_heads - self.dim_head], -1
         )
         # the projected map is padded, not x: a padded key is 0, and not the bias of the projection
-        margin = [0, 0] + [self.halo_size] * (2 * len(space))
+        margin = [0, 0]
+        for length in reversed(space):  # whole strides, then the halo
+            margin += [self.halo_size, self.halo_size + length % self.query_stride]
         key, value = F.pad(key, margin), F.pad(value, margin)
         pattern, bias = self.pattern(space), self.position_bias()
         taps.record(
@@ -101,11 +106,12 @@ class HaloAttention(Mixer):
             sizes = [even_size(length, DEFAULT_BLOCK, fewest=2) for length in space]
             block = tuple(size + size % self.query_stride for size in sizes)  # whole strides
         else:
-            block = (self.block_size,) * len(space)
-            if self.block_size > min(space):
+            whole = [length + length % self.query_stride for length in space]
+            block = tuple(min(self.block_size, length) if self.clip_block else self.block_size for length in whole)
+            if any(size > length for size, length in zip(block, whole)):
                 raise InputError(
                     f"block_size is {self.block_size} and the map is {space}: a block must fit into the map. "
-                    "Take a smaller block, or block_size=None, which takes what fits"
+                    "Take a smaller block, block_size=None, which takes what fits, or clip_block=True"
                 )
         return Halo(block, self.halo_size, padded=True, query_stride=self.query_stride, ragged=True)
 
@@ -116,7 +122,8 @@ class HaloAttention(Mixer):
 
     def _without_margin(self, weights: Tensor, space: tuple[int, ...]) -> Tensor:
         """(B, heads, N, M) over the map's own tokens: what falls on the zeros around it adds nothing to the output."""
-        inner = weights.unflatten(-1, tuple(length + 2 * self.halo_size for length in space))
+        stride = self.query_stride
+        inner = weights.unflatten(-1, tuple(length + length % stride + 2 * self.halo_size for length in space))
         for axis, length in enumerate(space):
             inner = inner.narrow(3 + axis, self.halo_size, length)
         return inner.flatten(3)
@@ -124,13 +131,9 @@ class HaloAttention(Mixer):
     def _keep_queries(self, x: Tensor) -> Tensor:
         if self.query_stride == 1:
             return x
-        if any(length % 2 for length in x.shape[1:-1]):
-            raise InputError(
-                f"x is {tuple(x.shape)} and stride is 2: every axis needs an even number of tokens. Pad the map"
-            )
         return x[(slice(None), *(slice(None, None, 2) for _ in self.tables))]
 
 
 def _halve(x: Tensor) -> Tensor:
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[x.ndim - 2]
-    return pool(x.movedim(-1, 1), 2, 2).movedim(1, -1)
+    return pool(x.movedim(-1, 1), 2, 2, ceil_mode=True).movedim(1, -1)
