@@ -16,17 +16,19 @@ from types import ModuleType
 from typing import Any
 
 import saccade
+from saccade.backbones import describe_model, list_models
 from saccade.claims import Claim, Listing, Paper, list_papers, load_paper, show_value
 from saccade.cli import COMMANDS, build_parser
 
-__all__ = ["command_page", "fill_readme", "floors", "paper_pages", "reference_pages", "write_pages"]
+__all__ = ["command_page", "fill_readme", "floors", "network_table", "paper_pages", "reference_pages", "write_pages"]
 
 ROOT = Path(__file__).parent.parent
 
 
 def write_pages(folder: Path) -> None:
     """Write all generated pages into `folder`; those that have not changed stay as they are, so Sphinx skips them."""
-    wanted = {"parts/commands.md": command_page(), **reference_pages(), **paper_pages()}
+    networks = {"parts/networks.md": network_table()}
+    wanted = {"parts/commands.md": command_page(), **networks, **reference_pages(), **paper_pages()}
     for old in folder.rglob("*.*"):
         if old.relative_to(folder).as_posix() not in wanted:
             old.unlink()
@@ -45,6 +47,20 @@ def command_page() -> str:
         text = re.sub(".\b", "", build_parser(name).format_help().strip())  # a letter and the backspace that hides it
         parts.append(f"(command-{name})=\n## saccade {name}\n\n{what}.\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+# The networks
+
+
+def network_table() -> str:
+    """A row for each network: its size, and whether it compiles and exports, or why not."""
+    rows = []
+    found = {name: describe_model(name) for name in list_models()}
+    for name, each in sorted(found.items(), key=lambda item: (item[1].family, item[1].params)):
+        can = [_plain(each.refuses.get(what, "yes")) for what in ("compile", "export", "onnx")]
+        rows.append((each.family, f"`{name}`", f"{each.params / 1e6:.2f} M", str(each.image_size), *can))
+    head = ("family", "network", "parameters", "image size", "`torch.compile`", "`torch.export`", "ONNX")
+    return _table(head, rows)
 
 
 # The reference

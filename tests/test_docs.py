@@ -29,7 +29,7 @@ def blocks(text, language):
 
 def test_every_module_of_the_package_is_on_a_floor():
     modules = {module.name for module in pkgutil.iter_modules(saccade.__path__, "saccade.")}
-    assert set(pages.floors()) == modules
+    assert set(pages.floors()) == modules - {"saccade.timm"}  # a door for users of timm, imported where timm is
 
 
 @pytest.mark.parametrize("floor", pages.floors())

@@ -12,6 +12,7 @@ from saccade.backbones import load_model
 from saccade.backbones.weights import read_weights
 from saccade.errors import InputError
 from saccade.training import save_checkpoint
+from tests.recorded.networks import recorded_networks
 
 OPTIONS = {"mixer": "neighborhood", "mixer_options": {"window_size": 3}, "drop_path_rate": 0.1}
 CONFIG = {"model": "study_xxs", "options": OPTIONS, "classes": list("abcde"), "image_size": 32}
@@ -35,6 +36,11 @@ def saved(tmp_path):
         for parameter in model.parameters():  # away from 0 and 1, where norms and biases start
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model, save_checkpoint(tmp_path / "net", model, CONFIG)
+
+
+def unlabelled(path):
+    """The same weights without the JSON that says what they are."""
+    return shutil.copy(path, path.with_name("bare.safetensors"))
 
 
 def load(path, **options):
@@ -91,12 +97,15 @@ def test_weights_of_somebody_else_need_no_json(saved, tmp_path, images):
     [
         (lambda path: saccade.create_model("study_xs", pretrained=path), "weights of study_xxs, not of study_xs. Call"),
         (lambda path: load(path, mixer="pooling", mixer_options={}), r"; unexpected: .*qkv.* and \d+ more. Build the"),
-        (lambda path: load(path, mixer="agent", mixer_options={}), "; missing: stages.0.blocks.0.mixer.ah_bias, "),
+        (lambda path: load(path, mixer="agent", mixer_options={}), "; missing: stages.0.blocks.0.mixer.an_bias, "),
         (
             lambda path: load(path, dims=(16, 64)),
             "; of another shape: .*Build the network with the options that it",
         ),
-        (lambda path: load(path, in_chans=1), "; of another shape: stem.0.weight. Build"),
+        (
+            lambda path: saccade.create_model("halonet26t", pretrained=unlabelled(path)),
+            "missing: stem.conv1.conv.weight, .* more; unexpected: .*. The closest network is study_xxs: saccade.",
+        ),
         (lambda path: load(f"{path}.pt"), "is not there: give a"),
         (lambda path: load("nowhere/net.safetensors"), "is not there: give a"),
         (lambda path: load("./nowhere/net"), "is not there: give a"),
@@ -106,6 +115,49 @@ def test_weights_of_somebody_else_need_no_json(saved, tmp_path, images):
 def test_what_does_not_fit_is_named(saved, call, message):
     with pytest.raises(InputError, match=message):
         call(saved[1])
+
+
+def official(name, **state):
+    """A state dict of random numbers with the names and shapes that the authors' code has."""
+    record = next(record for _, record in recorded_networks() if record["model"] == name)
+    return {key: torch.rand(shape) for key, shape in record["state"].items()} | state
+
+
+def test_official_weights_are_recognised_and_another_variant_is_named(tmp_path):
+    path = tmp_path / "official.pth"
+    torch.save({"state_dict": official("halonet26t")}, path)
+    model = saccade.create_model("halonet26t", path)
+    assert torch.equal(model.head.weight, torch.load(path)["state_dict"]["head.fc.weight"])
+    with pytest.raises(
+        InputError,
+        match=r"unexpected: stem.conv2.conv.weight.*of another shape: stem.conv1.conv.weight is \(24, 3, 3, 3\), not "
+        r"\(64, 3, 7, 7\).*The closest network is halonet26t: saccade.create_model\('halonet26t'",
+    ):
+        saccade.create_model("halonet_h1", path)
+
+
+def test_the_number_of_classes_comes_from_official_weights(tmp_path):
+    path = tmp_path / "official.pth"
+    state = official("halonet26t", **{"head.fc.weight": torch.rand(3, 2048), "head.fc.bias": torch.rand(3)})
+    torch.save(state, path)
+    assert saccade.create_model("halonet26t", path).num_classes == 3
+    assert saccade.create_model("halonet26t", path, num_classes=4).num_classes == 4
+
+
+def test_pretrained_true_asks_the_hub_for_the_published_weights(hub, tmp_path):
+    asked = []
+    state = official("halonet26t")
+    save_checkpoint(tmp_path / "model", state, {})
+    (tmp_path / "model.json").unlink()
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return str(tmp_path / name)
+
+    hub(download)
+    model = saccade.create_model("halonet26t", pretrained=True)
+    assert asked == [("timm/halonet26t.a1h_in1k", "model.safetensors")]
+    assert torch.equal(model.stem[0].conv.weight, state["stem.conv1.conv.weight"])
 
 
 @pytest.fixture

@@ -58,9 +58,7 @@ def test_arguments_that_do_not_fit_the_state_are_refused():
         replay(changed(case, args=case.args | {"heads": 3}))
 
 
-@pytest.mark.parametrize(
-    ("key", "cls"), [("halonet", "ByobNet with halonet_h1-style config"), ("agent", "agent_deit.VisionTransformer")]
-)
+@pytest.mark.parametrize(("key", "cls"), [("agent", "agent_deit.VisionTransformer")])
 def test_whole_networks_are_refused(key, cls):
     with pytest.raises(InputError, match=f"is a case of {cls}: whole networks come with the backbones"):
         replay(changed(case_of(f"{key}/open"), cls=cls))

@@ -143,7 +143,7 @@ def test_replay_goes_on_after_a_case_that_cannot_be_replayed(tmp_path, capsys):
     good = str(RECORDED / "halonet" / "open.safetensors")
     assert main(["replay", network, broken, good, "--key", "halonet"]) == 1
     printed = capsys.readouterr().out
-    for words in ("whole networks come with the backbones", "num_heads is 5", "all agree"):
+    for words in ("replay serves HaloAttn and networks of it", "num_heads is 5", "all agree"):
         assert words in printed
 
 

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.backbones.backbone import Backbone, DropPath, FeatureInfo
+from saccade.backbones.backbone import Backbone, FeatureInfo
+from saccade.backbones.mlp import Mlp
+from saccade.backbones.patches import Downsample, channels_first, channels_last
+from saccade.backbones.residual import DropPath, drop_path_rates
+from saccade.backbones.variant import Variant
 from saccade.errors import InputError
 from saccade.mixers import create_mixer
 
@@ -52,24 +56,19 @@ class StudyNet(Backbone):
             raise InputError(f"dims is {dims} and depths is {depths}: give one of each for every stage")
         self.stem = _stem(in_chans, dims[0], patch_size)
         make_mixer = partial(create_mixer, mixer, **(mixer_options or {}))
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
         self.stages = nn.ModuleList()
-        for stage, (dim, depth) in enumerate(zip(dims, depths)):
-            down = nn.Identity() if stage == 0 else _Downsample(dims[stage - 1], dim)
-            blocks = [_Block(dim, make_mixer, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+        for stage, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths))):
+            down = nn.Identity() if stage == 0 else Downsample(dims[stage - 1], dim)
+            blocks = [_Block(dim, make_mixer, mlp_ratio, rate) for rate in rates]
             self.stages.append(_Stage(down, nn.Sequential(*blocks)))
         self.norm = nn.LayerNorm(dims[-1])
         self.num_features = dims[-1]
-        self.feature_info = FeatureInfo(
-            {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
-            for stage, dim in enumerate(dims)
-        )
+        self.feature_info = FeatureInfo.of_stages(dims, reduction=patch_size)
+        self.first_conv = "stem.0"
         self.reset_classifier(num_classes)
 
-    def forward_stages(self, images: Tensor) -> list[Tensor]:
-        if images.ndim != 4:
-            raise InputError(f"images is {tuple(images.shape)}: give a batch (B, {self.stem[0].in_channels}, H, W)")
-        x = self.stem(images).permute(0, 2, 3, 1)  # channels last from here: (B, H, W, C)
+    def run_stages(self, images: Tensor) -> list[Tensor]:
+        x = channels_last(self.stem(images))  # from here (B, H, W, C)
         x = x + sine_positions(x)
         maps = []
         for stage in self.stages:
@@ -77,12 +76,7 @@ class StudyNet(Backbone):
             x = self.run_blocks(stage.blocks, stage.downsample(x))
             maps.append(x)
         maps[-1] = self.norm(maps[-1])
-        return [x.permute(0, 3, 1, 2) for x in maps]
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that order parameters from input to output, for layer-wise learning rates."""
-        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(block, None), (r"^norm", (99999,))]}
+        return [channels_first(x) for x in maps]
 
 
 class _Stage(nn.Module):
@@ -113,33 +107,6 @@ class _Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, token by token."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
-
-
-class _Downsample(nn.Module):
-    """A norm and a strided 3 x 3 convolution: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C')."""
-
-    def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.reduction(self.norm(x).permute(0, 3, 1, 2))
-        return out.permute(0, 2, 3, 1)
-
-
 def _stem(in_chans: int, dim: int, patch_size: int) -> nn.Sequential:
     """Strided 3 x 3 convolutions, one for each halving, with half the channels until the last."""
     halvings = int(math.log2(patch_size)) if patch_size >= 1 else 0
@@ -165,7 +132,7 @@ def sine_positions(x: Tensor) -> Tensor:
 
 
 VARIANTS = {
-    "study_xxs": partial(StudyNet, dims=(32, 64), depths=(1, 2)),
-    "study_xs": partial(StudyNet, dims=(64, 128, 256), depths=(2, 2, 2)),
-    "study_s": partial(StudyNet, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2)),
+    "study_xxs": Variant(partial(StudyNet, dims=(32, 64), depths=(1, 2))),
+    "study_xs": Variant(partial(StudyNet, dims=(64, 128, 256), depths=(2, 2, 2))),
+    "study_s": Variant(partial(StudyNet, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2))),
 }

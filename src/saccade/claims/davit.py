@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.backbones.study import Mlp
+from saccade.backbones.mlp import Mlp
 from saccade.claims.framework import (
     Case,
     Paper,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from saccade.backbones.study import Mlp
+from saccade.backbones.mlp import Mlp
 from saccade.claims.framework import (
     Case,
     Paper,

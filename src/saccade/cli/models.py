@@ -1,11 +1,11 @@
-"""`saccade models`: the networks that can be built."""
+"""`saccade models`: the networks that can be built, by family."""
 
 import json
 from typing import Any
 
 from saccade.cli.shared import add_json, emit, emit_table
 
-EXAMPLE = "saccade models 'study_*'"
+EXAMPLE = "saccade models 'halonet*'"
 
 
 def arguments(parser: Any) -> None:
@@ -14,25 +14,31 @@ def arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    from saccade.backbones import create_model, list_models
+    from dataclasses import asdict
+
+    from saccade.backbones import describe_model, list_models
     from saccade.errors import InputError, nearest
-    from saccade.measure import count_parameters
 
     names = list_models(args.pattern)
     if not names:
         raise InputError(f"no network matches {args.pattern!r}: {nearest(args.pattern, list_models())}")
-    rows = {}
-    for name in names:
-        model = create_model(name)
-        rows[name] = {
-            "params": count_parameters(model),
-            "channels": model.feature_info.channels(),
-            "reductions": model.feature_info.reduction(),
-        }
+    found = {name: describe_model(name) for name in names}
+    found = dict(sorted(found.items(), key=lambda item: (item[1].family, item[1].params)))
     if args.json:
+        rows = {name: asdict(summary) for name, summary in found.items()}
+        for row in rows.values():
+            del row["default_cfg"], row["refuses"]
         emit(json.dumps(rows, indent=1))
         return 0
-    columns = ("network", "parameters (1000 classes)", "channels", "input pixels a token")
-    cells = [(name, f"{row['params']:,}", row["channels"], row["reductions"]) for name, row in rows.items()]
+    columns = ("family", "network", "parameters (1000 classes)", "image size", "channels", "input pixels a token")
+    cells = [
+        (each.family, name, f"{each.params:,}", each.image_size, _runs(each.channels), _runs(each.reductions))
+        for name, each in found.items()
+    ]
     emit_table("Networks", columns, cells)
     return 0
+
+
+def _runs(values: list[int]) -> str:
+    """Stages of a kind are counted: "192 x 12"."""
+    return f"{values[0]} x {len(values)}" if len(values) > 4 and len(set(values)) == 1 else ", ".join(map(str, values))

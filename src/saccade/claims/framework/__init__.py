@@ -15,6 +15,7 @@ from saccade.claims.framework.claim import (
     rounding,
     show_value,
 )
+from saccade.claims.framework.networks import count_model_parameters, measure_model_flops, replay_network
 from saccade.claims.framework.recorded import (
     Case,
     Match,
@@ -39,13 +40,16 @@ __all__ = [
     "check",
     "claim",
     "compare",
+    "count_model_parameters",
     "describe_error",
     "equal",
     "exact",
+    "measure_model_flops",
     "parse_args",
     "play",
     "read_case",
     "relative_difference",
+    "replay_network",
     "replay_parts",
     "rounding",
     "run_official",

@@ -152,8 +152,8 @@ def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
             belongs to the first.
     """
     wanted = [name for name in case.expected if name.startswith("grad.")]
-    leaves = {
-        name: tensor.clone().requires_grad_(bool(wanted) and tensor.is_floating_point())
+    leaves = {  # running means and the like must not ask for a gradient
+        name: tensor.clone().requires_grad_(f"grad.{name}" in wanted)
         for name, tensor in case.tensors.items()
         if name.startswith(("state.", "in."))
     }
