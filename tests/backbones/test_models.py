@@ -298,6 +298,7 @@ def test_compiles_and_exports_unless_it_says_why_not(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's own exporter
 @pytest.mark.parametrize("name", SMALL)
 def test_onnx_gives_the_same_unless_it_says_why_not(name, tmp_path):
     pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
