@@ -86,8 +86,6 @@ class HaloNet(Backbone):
         num_classes, in_chans: as for every backbone.
     """
 
-    refuses = {"onnx": "torch's exporter splits fused attention, and a traced view does not fit what comes out"}  # noqa: RUF012
-
     def __init__(
         self,
         stages: tuple[Stage, ...],
