@@ -23,6 +23,7 @@ VARIANTS = {
     "neighborhood": [{"num_heads": 2, "stride": 2, "causal": (True, False)}],
     "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
     "pooling": [{"pool_size": 5}],
+    "strip": [{"num_heads": 2, "qk_dim": 3, "sr_ratio": 3, "scale": 0.3}, {"sr_ratio": 2, "reduction": "mean"}],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -36,6 +37,7 @@ NO_PREFIX = {
     "outlook": "its matrices are made for windows, and a class token is in none",
     "mixture_of_blocks": "a token outside the map belongs to no block",
     "pooling": "an average over neighbours knows no token outside the map",
+    "strip": "keys come from a reduced map, and a token outside the map is in no cell",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""

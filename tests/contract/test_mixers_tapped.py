@@ -80,6 +80,16 @@ def finish_factorized(mixer, x, attention):
     return mixer.proj(torch.cat(mixed, -1)).view_as(x) + mixer(x) - plain(x)
 
 
+def finish_strip(mixer, x, attention):
+    side = mixer.sr_ratio
+    height, width = (-length % side for length in x.shape[1:-1])
+    shares = F.pad(attention.unflatten(-1, x.shape[1:-1]), (0, width, 0, height))
+    cells = shares.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).sum((-1, -3)).flatten(-2)
+    value = mixer.kv(mixer.reduce(x))[..., mixer.strip :].flatten(1, 2)
+    value = value.unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2)
+    return mixer.proj((cells @ value).transpose(1, 2).flatten(2).view_as(x))
+
+
 def finish_pooling(mixer, x, attention):
     return (attention.squeeze(1) @ x.flatten(1, -2)).view_as(x)
 
@@ -91,6 +101,7 @@ FINISH = {
     "halo": finish_halo,
     "outlook": finish_outlook,
     "pooling": finish_pooling,
+    "strip": finish_strip,
 }
 """How a mixer goes on from its token matrix; all others average the values of `qkv` and project them."""
 

@@ -14,6 +14,7 @@ from saccade.backbones import halonet, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.halonet import HaloNet
 from saccade.backbones.isotropic import Isotropic
+from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureInfo",
     "HaloNet",
     "Isotropic",
+    "HybridPerceptionBlock",
     "LoadedModel",
     "ModelSummary",
     "StudyNet",

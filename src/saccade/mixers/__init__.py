@@ -15,6 +15,7 @@ from saccade.mixers.halo import HaloAttention
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
+from saccade.mixers.strip import StripAttention
 from saccade.mixers.varied_window import VariedWindowAttention
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "OutlookAttention",
     "PatternAttention",
     "Pooling",
+    "StripAttention",
     "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",
