@@ -14,6 +14,7 @@ VARIANTS = {
     "channel": [{"num_heads": 2, "qkv_bias": False, "scale": 0.1}],
     "depthwise_conv": [{"kernel_size": 3}],
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
+    "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
     "grid": [{"num_heads": 2, "position_bias": False}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
     "mixture_of_blocks": [
@@ -24,6 +25,7 @@ VARIANTS = {
     "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
     "pooling": [{"pool_size": 5}],
     "strip": [{"num_heads": 2, "qk_dim": 3, "sr_ratio": 3, "scale": 0.3}, {"sr_ratio": 2, "reduction": "mean"}],
+    "top_k": [{"num_heads": 2, "share": 0.1, "dynamic": True, "scale": 0.7}, {"share": 0.04, "qkv_bias": False}],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -33,11 +35,13 @@ NO_PREFIX = {
     "bi_level_routing": "a token outside the map belongs to no region",
     "depthwise_conv": "fixed local weights know no token outside the map",
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
+    "fourier_filter": "a token outside the map has no place in its spectrum",
     "halo": "HaloNet has no class token, and its padded keys leave no place for one",
     "outlook": "its matrices are made for windows, and a class token is in none",
     "mixture_of_blocks": "a token outside the map belongs to no block",
     "pooling": "an average over neighbours knows no token outside the map",
     "strip": "keys come from a reduced map, and a token outside the map is in no cell",
+    "top_k": "the keys that a query keeps are a share of the map",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""
@@ -53,7 +57,9 @@ IMAGES_ONLY = {
 }
 """Mixers that serve two axes of space only."""
 
-AVERAGED = {"depthwise_conv": "a matrix for each channel would take C times the memory: it gives their mean"}
+AVERAGED = dict.fromkeys(
+    ("depthwise_conv", "fourier_filter"), "a matrix for each channel would take C times the memory: it gives their mean"
+)
 """Mixers whose token matrix is a mean over channels, which no single channel follows."""
 
 NO_SOFTMAX = {
@@ -64,5 +70,9 @@ NO_SOFTMAX = {
 }
 """Mixers whose rows of attention do not sum to 1."""
 
-CHOOSES_ALL = {"bi_level_routing": {"topk": 1000}, "mixture_of_blocks": {"topk": 1000, "scope": "query"}}
+CHOOSES_ALL = {
+    "bi_level_routing": {"topk": 1000},
+    "mixture_of_blocks": {"topk": 1000, "scope": "query"},
+    "top_k": {"share": 1.0, "dynamic": False},
+}
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""

@@ -14,6 +14,13 @@ from saccade.backbones import halonet, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.halonet import HaloNet
 from saccade.backbones.isotropic import Isotropic
+from saccade.backbones.dynamic_aggregation import (
+    DualPathShuffle,
+    DynamicAggregation,
+    DynamicFusionBlock,
+    FrequencyRefinement,
+    SpatialGatedUnit,
+)
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
@@ -22,6 +29,9 @@ from saccade.errors import InputError, check_choice, nearest
 
 __all__ = [
     "Backbone",
+    "DualPathShuffle",
+    "DynamicAggregation",
+    "DynamicFusionBlock",
     "FeatureExtractor",
     "FeatureInfo",
     "HaloNet",
@@ -29,6 +39,10 @@ __all__ = [
     "HybridPerceptionBlock",
     "LoadedModel",
     "ModelSummary",
+    "FrequencyRefinement",
+    "HybridPerceptionBlock",
+    "LoadedModel",
+    "SpatialGatedUnit",
     "StudyNet",
     "Variant",
     "closest_model",

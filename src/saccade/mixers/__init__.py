@@ -11,11 +11,13 @@ from saccade.mixers.baselines import DepthwiseConv, Pooling
 from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
 from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.factorized import FactorizedAttention
+from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.halo import HaloAttention
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
 from saccade.mixers.strip import StripAttention
+from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.varied_window import VariedWindowAttention
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ChannelAttention",
     "DepthwiseConv",
     "FactorizedAttention",
+    "FourierFilter",
     "GridAttention",
     "HaloAttention",
     "Mixer",
@@ -34,6 +37,7 @@ __all__ = [
     "PatternAttention",
     "Pooling",
     "StripAttention",
+    "TopKAttention",
     "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",

@@ -24,6 +24,8 @@ from saccade.ops.sequence import Causal, Documents, GlobalTokens, Sinks, Sliding
 from saccade.ops.softmax_attention import AttentionResult, merge_attention, softmax_attention
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
 from saccade.ops.tiling import TileBound, tile_bound
+from saccade.ops.top_k_attention import top_k_attention, top_k_attention_weights
+from saccade.ops.upsampling import upsample_nearest
 from saccade.ops.varied_window import resample_windows, resampling_weights
 from saccade.ops.window import Global, Grid, Halo, Window
 
@@ -82,4 +84,7 @@ __all__ = [
     "sparse_attention",
     "sparse_attention_weights",
     "tile_bound",
+    "top_k_attention",
+    "top_k_attention_weights",
+    "upsample_nearest",
 ]
