@@ -1,4 +1,5 @@
-"""Mixers: modules that mix tokens, (B, *space, C) -> (B, *space, C). The exported classes are the registry."""
+"""Mixers: modules that mix tokens, (B, *space, C) -> (B, *space, C). The exported ones are the registry;
+modules of another shape, which read one tensor for another, are exported beside them."""
 
 import inspect
 import re
@@ -13,6 +14,7 @@ from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.halo import HaloAttention
+from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
@@ -25,6 +27,7 @@ __all__ = [
     "Attention",
     "BiLevelRoutingAttention",
     "ChannelAttention",
+    "DeformableLifting",
     "DepthwiseConv",
     "FactorizedAttention",
     "FourierFilter",
@@ -88,9 +91,10 @@ def _mixer(name: str) -> type[Mixer]:
 
 
 def _mixers() -> dict[str, type[Mixer]]:
-    """Every exported class that can be built, by the name made of its own."""
+    """Every exported mixer that can be built, by the name made of its own."""
     exported = [globals()[name] for name in __all__]
-    kinds = [kind for kind in exported if isinstance(kind, type) and not inspect.isabstract(kind)]
+    classes = [each for each in exported if isinstance(each, type) and issubclass(each, Mixer)]
+    kinds = [kind for kind in classes if not inspect.isabstract(kind)]
     return {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower().removesuffix("_attention"): kind for kind in kinds}
 
 

@@ -5,6 +5,11 @@ from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
+from saccade.ops.deformable_attention_3d import (
+    deformable_attention_3d,
+    deformable_attention_3d_weights,
+    depth_scores,
+)
 from saccade.ops.dilated_window import dilated_windows
 from saccade.ops.draw import draw_pattern
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
@@ -65,6 +70,9 @@ __all__ = [
     "channel_attention",
     "channel_attention_weights",
     "choose_blocks",
+    "deformable_attention_3d",
+    "deformable_attention_3d_weights",
+    "depth_scores",
     "dilated_windows",
     "draw_pattern",
     "merge_attention",
