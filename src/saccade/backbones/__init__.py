@@ -12,8 +12,6 @@ from torch import Tensor
 
 from saccade.backbones import halonet, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
-from saccade.backbones.halonet import HaloNet
-from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
     DynamicAggregation,
@@ -21,7 +19,9 @@ from saccade.backbones.dynamic_aggregation import (
     FrequencyRefinement,
     SpatialGatedUnit,
 )
+from saccade.backbones.halonet import HaloNet
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
+from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
@@ -34,14 +34,12 @@ __all__ = [
     "DynamicFusionBlock",
     "FeatureExtractor",
     "FeatureInfo",
+    "FrequencyRefinement",
     "HaloNet",
-    "Isotropic",
     "HybridPerceptionBlock",
+    "Isotropic",
     "LoadedModel",
     "ModelSummary",
-    "FrequencyRefinement",
-    "HybridPerceptionBlock",
-    "LoadedModel",
     "SpatialGatedUnit",
     "StudyNet",
     "Variant",

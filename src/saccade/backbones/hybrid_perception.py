@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from saccade.backbones.backbone import DropPath
-from saccade.backbones.study import Mlp
+from saccade.backbones.mlp import Mlp
+from saccade.backbones.residual import DropPath
 from saccade.errors import InputError
 from saccade.mixers import StripAttention
 
