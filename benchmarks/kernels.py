@@ -29,7 +29,7 @@ from saccade.ops import (
     sparse_attention,
     tile_bound,
 )
-from saccade.ops.block_lists import tile_shape
+from saccade.ops.block_lists import kernel_lists, tile_shape
 
 HEADS, HEAD_DIM = 16, 64
 CASES: list[tuple[Pattern, tuple[int, ...]]] = [
@@ -86,11 +86,12 @@ def measure(pattern: Pattern, space: tuple[int, ...], batch: int, dtype: torch.d
     """One row."""
     inputs = [torch.randn(batch, HEADS, *space, HEAD_DIM, device="cuda", dtype=dtype) for _ in range(3)]
     flat = [x.flatten(2, -2) for x in inputs]
-    tile = tile_shape(64, len(space))
-    bound = tile_bound(pattern, space, tile, tile)  # type: ignore[arg-type]
+    query_tile = kernel_lists(pattern, space).query.shape[1]  # type: ignore[arg-type]
+    bound = tile_bound(pattern, space, tile_shape(query_tile, len(space)), tile_shape(64, len(space)))  # type: ignore[arg-type]
     row: dict[str, Any] = {
         "pattern": str(pattern),
         "map": "x".join(map(str, space)),
+        "queries a tile": query_tile,
         "bound": bound.mean,
         "bound by FLOPs": bound.flops,
     }
@@ -103,6 +104,7 @@ def measure(pattern: Pattern, space: tuple[int, ...], batch: int, dtype: torch.d
     calls["FlexAttention"] = row_major_flex(pattern, space)
     expected = sparse_attention(*inputs, pattern, impl="triton").flatten(2, -2)
     for name, attend in calls.items():
+        torch.compiler.reset()  # each with the whole of the compiler's limit of variants
         try:
             with warnings.catch_warnings(action="ignore"):
                 got = attend(*inputs).reshape(expected.shape)
@@ -143,7 +145,7 @@ def main() -> None:
             for name in ("triton", "flex", "tiled", "FlexAttention")
         )
         print(
-            f"{row['pattern']} on {row['map']}: bound {row['bound']:.2f} (FLOPs {row['bound by FLOPs']:.2f}) | {shown}",
+            f"{row['pattern']} on {row['map']}: bound {row['bound']:.2f} at {row['queries a tile']} (FLOPs {row['bound by FLOPs']:.2f}) | {shown}",
             flush=True,
         )
     if args.csv:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.ops import Neighborhood, Window
-from saccade.ops.block_lists import block_lists, tile_shape
+from saccade.ops import Causal, Neighborhood, Window
+from saccade.ops.block_lists import block_lists, kernel_lists, tile_shape
 from tests.ops.cases import CASES, IDS, patterns
 
 
@@ -21,6 +21,7 @@ def unfold(lists, queries, keys, by_key=False):
             rows, columns = (lists.query[other], lists.key[tile]) if by_key else (lists.query[tile], lists.key[other])
             full = entry < int(lists.full[tile])
             seen = torch.ones(len(rows), len(columns)) if full else lists.masks[lists.mask[tile, entry]]
+            seen = seen.T if by_key and not full else seen
             if full:
                 assert (columns >= 0).all()  # kernels look at no mask there
             count[rows[:, None], columns] += seen.long()
@@ -57,6 +58,18 @@ def test_a_dilated_neighborhood_is_as_sparse_as_one_of_the_smaller_map():
     dilated = block_lists(Neighborhood(7, dilation=2), (64, 64))
     plain = block_lists(Neighborhood(7), (32, 32))
     assert dilated.visits.sum() == 4 * plain.visits.sum()
+
+
+def test_packed_masks_hold_every_bit():
+    lists = block_lists(Neighborhood(5), (13, 11), 16, 128)
+    words = lists.to("cpu").masks  # (U, 16, 2)
+    bits = (words.unsqueeze(-1) >> torch.arange(64)) & 1
+    assert torch.equal(bits.flatten(2).bool(), lists.masks)
+
+
+def test_large_tiles_are_taken_where_they_see_little_more():
+    assert kernel_lists(Causal(), (4096,)).query.shape[1] == 128
+    assert kernel_lists(Window(8), (32, 32)).query.shape[1] == 64
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128])

@@ -32,7 +32,9 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.fixture
 def interpreted(monkeypatch):
     """Small tiles: tests/conftest.py has Triton interpret its kernels, number by number, where there is no device."""
-    monkeypatch.setattr(sys.modules["saccade.ops.sparse_attention"], "KERNEL_TILE", 16)
+    module = sys.modules["saccade.ops.block_lists"]
+    monkeypatch.setattr(module, "QUERY_TILES", (16, 32))
+    monkeypatch.setattr(module, "KEY_TILE", 16)
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here; the tests on a device check them")
 
@@ -108,6 +110,16 @@ def test_strides_empty_batches_heads_and_extra_keys():
         for impl in ("triton", "reference")
     ]
     assert_close(*both)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_any_scale(scale):
+    inputs = make_inputs(Neighborhood(3), (9,))
+    both = [sparse_attention(*inputs, Neighborhood(3), scale=scale, impl=impl) for impl in ("triton", "reference")]
+    assert_close(*both)
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in both]
+    assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
 @on_cuda

@@ -16,7 +16,11 @@ from torch import Tensor
 from saccade.ops.check import check_positive
 from saccade.ops.pattern import AxialPattern, Ranges, Space, StaticPattern
 
-__all__ = ["BlockLists", "block_lists", "tile_shape"]
+__all__ = ["BlockLists", "block_lists", "kernel_lists", "tile_shape"]
+
+
+QUERY_TILES, KEY_TILE = (64, 128), 64  # tokens of the tiles of the Triton kernels
+LARGE_TILE_COST = 0.85  # of a pair in a large tile over one in a small tile, forward and backward on an H200
 
 
 class BlockLists(NamedTuple):
@@ -39,7 +43,7 @@ class BlockLists(NamedTuple):
     masks: Tensor
 
     def transposed(self) -> "BlockLists":
-        """For each key tile the query tiles that visit it; masks stay (Q, K)."""
+        """For each key tile the query tiles that visit it; masks are (U, K, Q)."""
         tile = torch.arange(len(self.blocks)).unsqueeze(1).expand_as(self.blocks)
         entry = torch.arange(self.blocks.shape[1]).expand_as(self.blocks)
         used = entry < self.visits.unsqueeze(1)
@@ -54,13 +58,21 @@ class BlockLists(NamedTuple):
         blocks, masks = (torch.zeros(len(self.key), most, dtype=torch.long) for _ in range(2))
         blocks[block, place], masks[block, place] = tile, mask
         full = torch.bincount(block[whole], minlength=len(self.key))
-        return self._replace(blocks=blocks, full=full, visits=count, mask=masks)
+        return self._replace(
+            blocks=blocks, full=full, visits=count, mask=masks, masks=self.masks.transpose(1, 2).contiguous()
+        )
 
     def to(self, device: torch.device | str) -> "BlockLists":
-        """The same on a device, in 32-bit numbers and 8-bit masks, as kernels read them."""
-        return BlockLists(
-            *(x.to(device, torch.uint8 if x.dtype == torch.bool else torch.int32).contiguous() for x in self)
-        )
+        """The same on a device, as kernels read it: 32-bit numbers, and 64 entries of a mask's row in one number."""
+        query, key, blocks, full, visits, mask = (x.to(device, torch.int32).contiguous() for x in self[:-1])
+        return BlockLists(query, key, blocks, full, visits, mask, _pack(self.masks).to(device))
+
+
+def _pack(masks: Tensor) -> Tensor:
+    """(U, rows, columns) booleans to (U, rows, ceil(columns / 64)) numbers, column n the bit n modulo 64."""
+    spare = -masks.shape[-1] % 64
+    words = torch.nn.functional.pad(masks, (0, spare)).unflatten(-1, (-1, 64)).long()
+    return (words << torch.arange(64, device=masks.device)).sum(-1)
 
 
 def tile_shape(tokens: int, axes: int) -> tuple[int, ...]:
@@ -71,6 +83,16 @@ def tile_shape(tokens: int, axes: int) -> tuple[int, ...]:
     """
     halvings = tokens.bit_length() - 1
     return tuple(2 ** ((halvings + axis) // axes) for axis in range(axes))
+
+
+def kernel_lists(pattern: StaticPattern, space: Space) -> BlockLists:
+    """The lists with which the Triton kernels are fastest.
+
+    Larger tiles of queries read each tile of keys less often, and see more of what is hidden.
+    """
+    small, large = (pattern.block_lists(space, tile, KEY_TILE) for tile in QUERY_TILES)
+    pairs = [int(lists.visits.sum()) * lists.query.shape[1] for lists in (small, large)]
+    return large if LARGE_TILE_COST * pairs[1] <= pairs[0] else small
 
 
 def block_lists(pattern: StaticPattern, space: Space, query_tile: int = 64, key_tile: int = 64) -> BlockLists:

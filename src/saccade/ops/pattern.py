@@ -229,11 +229,11 @@ class StaticPattern(Pattern):
         return block_lists(self, space, query_tile, key_tile)
 
     @constant(keep=True)
-    def kernel_lists(
-        self, space: Space, query_tile: int, key_tile: int, device: torch.device
-    ) -> tuple["BlockLists", "BlockLists"]:
-        """The same for a kernel on a device, by query tile and by key tile."""
-        lists = self.block_lists(space, query_tile, key_tile)
+    def kernel_lists(self, space: Space, device: torch.device) -> tuple["BlockLists", "BlockLists"]:
+        """The lists with which the Triton kernels run on a device, by query tile and by key tile."""
+        from saccade.ops.block_lists import kernel_lists
+
+        lists = kernel_lists(self, space)
         return lists.to(device), lists.transposed().to(device)
 
 

@@ -27,7 +27,6 @@ from saccade.ops.softmax_attention import AttentionResult, attend, attention_wei
 __all__ = ["sparse_attention", "sparse_attention_weights"]
 
 IMPLS = ("auto", "tiled", "reference", "triton", "flex")
-KERNEL_TILE = 64  # queries, and keys, of the tiles that the Triton kernels visit
 
 
 @overload
@@ -217,7 +216,7 @@ def _by_kernel(
         )
     if query.dtype == torch.float64:
         raise InputError("impl is 'triton' and query is torch.float64: its kernels sum in float32. Use impl='tiled'")
-    lists = pattern.kernel_lists(space, KERNEL_TILE, KERNEL_TILE, query.device)
+    lists = pattern.kernel_lists(space, query.device)
     return AttentionResult(*triton_attention.attend_blocks(query, key, value, *lists, scale))
 
 

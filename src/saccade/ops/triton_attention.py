@@ -35,6 +35,8 @@ def attend_blocks(
 
     Returns: (B, heads, N, E) in the dtype of the inputs, and its log-sum-exp (B, heads, N) in float32.
     """
+    if scale <= 0:  # the kernels take the maximum before they scale
+        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
     out, lse = _Attend.apply(query, key, value, scale, lists, transposed)
     return out, lse
 
@@ -53,7 +55,7 @@ class _Attend(Function):
         if query.numel():
             _forward[grid](
                 query, key, value, out, lse, *lists, *_strides(query, key, value, out), scale, lists.blocks.shape[1],
-                num_queries, **_sizes(query, key, value, lists),
+                num_queries, **_sizes(query, key, value, lists), **_run(8, 3, 3, lists, query.shape[-1]),
             )  # fmt: skip
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.rest = scale, lists, transposed
@@ -65,21 +67,26 @@ class _Attend(Function):
         scale, lists, transposed = ctx.rest
         grad = _rows(grad)
         batch, heads, num_queries, _ = query.shape
-        # what the softmax subtracts from every gradient of a weight; the log-sum-exp's own gradient joins it
-        delta = (grad.float() * out.float()).sum(-1) - grad_lse
+        delta = torch.empty_like(lse)
         grad_query, grad_key, grad_value = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
         )
         sizes = _sizes(query, key, value, lists)
         if query.numel():
+            grad_lse = grad_lse.contiguous()
+            _subtrahend[(triton.cdiv(num_queries, 64), batch * heads)](
+                grad, out, grad_lse, delta, *_strides(grad, out), num_queries, heads, value.shape[-1],
+                sizes["BLOCK_E"],
+            )  # fmt: skip
             _backward_query[(len(lists.query), batch * heads)](
                 query, key, value, grad, lse, delta, grad_query, *lists,
                 *_strides(query, key, value, grad, grad_query), scale, lists.blocks.shape[1], num_queries, **sizes,
+                **_run(4, 3, 2, lists, query.shape[-1]),
             )  # fmt: skip
             _backward_key[(len(transposed.key), batch * key.shape[1])](
                 query, key, value, grad, lse, delta, grad_key, grad_value, *transposed,
                 *_strides(query, key, value, grad, grad_key, grad_value), scale, transposed.blocks.shape[1],
-                num_queries, **sizes,
+                num_queries, **sizes, **_run(4, 3, 2, lists, query.shape[-1]),
             )  # fmt: skip
         return grad_query, grad_key, grad_value, None, None, None
 
@@ -96,8 +103,6 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _sizes(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists) -> dict[str, Any]:
     """The kernels' compile-time sizes, and how they are run."""
     dim, value_dim = query.shape[-1], value.shape[-1]
-    wide = max(dim, value_dim) > 64
-    tokens = lists.query.shape[1]
     return {
         "HEADS": query.shape[1],
         "GROUP": query.shape[1] // key.shape[1],
@@ -105,12 +110,17 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists) -> dict
         "E": value_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "BLOCK_E": max(16, triton.next_power_of_2(value_dim)),
-        "Q": tokens,
+        "Q": lists.query.shape[1],
         "K": lists.key.shape[1],
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "num_warps": 8 if tokens >= 128 and wide else 4,
-        "num_stages": 2 if wide else 3,
     }
+
+
+def _run(large_warps: int, large_stages: int, stages: int, lists: BlockLists, dim: int) -> dict[str, int]:
+    """Warps and stages, measured on an H200 at 64 channels; wider rows take the shared memory of a stage."""
+    large = lists.query.shape[1] > 64
+    depth = large_stages if large else stages
+    return {"num_warps": large_warps if large or dim > 64 else 4, "num_stages": depth if dim <= 64 else 2}
 
 
 @triton.jit
@@ -132,10 +142,14 @@ def _store(pointer, tokens, stride, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _hide(logits, masks, number, Q: tl.constexpr, K: tl.constexpr):
-    """-inf where the mask of that number says so."""
-    row, column = tl.arange(0, Q), tl.arange(0, K)
-    visible = tl.load(masks + number * Q * K + row[:, None] * K + column[None, :])
+def _hide(logits, masks, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """-inf where the mask of that number says so, a bit an entry."""
+    row, column = number * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    if COLUMNS <= 64:
+        words = tl.load(masks + row)[:, None]
+    else:
+        words = tl.where(column[None, :] < 64, tl.load(masks + 2 * row)[:, None], tl.load(masks + 2 * row + 1)[:, None])
+    visible = (words >> (column[None, :] % 64).to(tl.int64)) & 1
     return tl.where(visible != 0, logits, float("-inf"))
 
 
@@ -149,12 +163,12 @@ def _forward_step(
     block = tl.load(blocks + entry)
     tokens = tl.load(key_tokens + block * K + tl.arange(0, K))
     k = _load(k_pointer, tokens, stride_kn, D, BLOCK_D)
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         logits = _hide(logits, masks, tl.load(mask + entry), Q, K)
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    new_top = tl.maximum(top, tl.max(logits, 1) * factor)
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(logits - safe[:, None])
+    weights = tl.exp2(logits * factor - safe[:, None])
     shrink = tl.exp2(top - safe)
     total = total * shrink + tl.sum(weights, 1)
     v = _load(v_pointer, tokens, stride_vn, E, BLOCK_E)
@@ -199,13 +213,11 @@ def _forward(
 
 
 @triton.jit
-def _weights(q, k, sums, factor, masks, number, Q: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-             MASKED: tl.constexpr):  # fmt: skip
-    """(Q, K) attention weights again, from the log-sum-exp."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    if MASKED:
-        logits = _hide(logits, masks, number, Q, K)
-    return tl.exp2(logits - sums[:, None])
+def _logits(a, b, masks, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
+    """a b^T, hidden where the mask says so."""
+    logits = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return _hide(logits, masks, number, ROWS, COLUMNS) if MASKED else logits
 
 
 @triton.jit
@@ -213,6 +225,23 @@ def _sums(lse, pair, rows, num_queries):
     """(Q,) log-sum-exp in powers of two; 0 where nothing is seen, whose weights are all 0."""
     sums = tl.load(lse + pair * num_queries + rows, mask=rows >= 0, other=0.0)
     return tl.where(sums == float("-inf"), 0.0, sums * LOG2E)
+
+
+@triton.jit
+def _subtrahend(
+    grad, out, grad_lse, delta, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh, stride_on, num_queries, heads,
+    E: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """What the softmax subtracts from every gradient of a weight; the log-sum-exp's own gradient joins it."""
+    rows = tl.program_id(0) * 64 + tl.arange(0, 64)
+    pair = tl.program_id(1).to(tl.int64)
+    inside = rows < num_queries
+    tokens = tl.where(inside, rows, -1)
+    g = _load(grad + pair // heads * stride_gb + pair % heads * stride_gh, tokens, stride_gn, E, BLOCK_E)
+    o = _load(out + pair // heads * stride_ob + pair % heads * stride_oh, tokens, stride_on, E, BLOCK_E)
+    total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    place = pair * num_queries + rows
+    tl.store(delta + place, total - tl.load(grad_lse + place, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -224,7 +253,8 @@ def _query_step(
     tokens = tl.load(key_tokens + tl.load(blocks + entry) * K + tl.arange(0, K))
     k = _load(k_pointer, tokens, stride_kn, D, BLOCK_D)
     v = _load(v_pointer, tokens, stride_vn, E, BLOCK_E)
-    weights = _weights(q, k, sums, factor, masks, tl.load(mask + entry), Q, K, PRECISION, MASKED)
+    logits = _logits(q, k, masks, tl.load(mask + entry), Q, K, PRECISION, MASKED)
+    weights = tl.exp2(logits * factor - sums[:, None])
     of_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     of_logits = weights * (of_weights - delta[:, None])
     return acc + tl.dot(of_logits.to(k.dtype), k, input_precision=PRECISION)
@@ -275,11 +305,13 @@ def _key_step(
     grad = _load(grad_pointer, rows, stride_on, E, BLOCK_E)
     sums = _sums(lse, pair, rows, num_queries)
     delta = tl.load(delta_pointer + pair * num_queries + rows, mask=rows >= 0, other=0.0)
-    weights = _weights(q, k, sums, factor, masks, tl.load(mask + entry), Q, K, PRECISION, MASKED)
-    of_v += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=PRECISION)
-    of_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    of_logits = weights * (of_weights - delta[:, None])
-    of_k += tl.dot(tl.trans(of_logits.to(q.dtype)), q, input_precision=PRECISION)
+    # keys down, queries across: no product needs its weights turned around
+    logits = _logits(k, q, masks, tl.load(mask + entry), K, Q, PRECISION, MASKED)
+    weights = tl.exp2(logits * factor - sums[None, :])
+    of_v += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
+    of_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    of_logits = weights * (of_weights - delta[None, :])
+    of_k += tl.dot(of_logits.to(q.dtype), q, input_precision=PRECISION)
     return of_k, of_v
 
 
