@@ -118,6 +118,11 @@ def measure(pattern: Pattern, space: tuple[int, ...], batch: int, dtype: torch.d
     return row
 
 
+def show(row: dict[str, Any], name: str) -> str:
+    """Both speed-ups, or why there are none."""
+    return f"{row[name]:.2f} / {row[f'{name}, both']:.2f}" if isinstance(row[name], float) else f"({row[name]})"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,16 +143,10 @@ def main() -> None:
         batch = max(1, args.tokens // torch.Size(space).numel())
         row = measure(pattern, space, batch, getattr(torch, args.dtype))
         rows.append({"device": device, "dtype": args.dtype, **row})
-        shown = " | ".join(
-            f"{name} {row[name]:.2f} / {row[name + ', both']:.2f}"
-            if isinstance(row[name], float)
-            else f"{name}: {row[name]}"
-            for name in ("triton", "flex", "tiled", "FlexAttention")
-        )
-        print(
-            f"{row['pattern']} on {row['map']}: bound {row['bound']:.2f} at {row['queries a tile']} (FLOPs {row['bound by FLOPs']:.2f}) | {shown}",
-            flush=True,
-        )
+        names = ("triton", "flex", "tiled", "FlexAttention")
+        shown = " | ".join(f"{name} {show(row, name)}" for name in names)
+        bound = f"bound {row['bound']:.2f} at {row['queries a tile']} (FLOPs {row['bound by FLOPs']:.2f})"
+        print(f"{row['pattern']} on {row['map']}: {bound} | {shown}", flush=True)
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -29,6 +29,7 @@ def draw_pattern(
     *,
     queries: Sequence[int | tuple[int, ...]] | None = None,
     image: int = 0,
+    figure: "Figure | None" = None,
 ) -> "Figure":
     """Draw a pattern: its mask, queries down and keys across, and on maps what single queries see.
 
@@ -37,6 +38,7 @@ def draw_pattern(
         space: the axes of the queries; each frame of a video is a panel.
         queries: which to show on the map, by number or place; None shows a corner, the middle and a later one.
         image: which image of a batch, for selections.
+        figure: to draw on, such as a new one of pyplot; None makes one.
 
     Returns: a matplotlib figure, which `savefig` writes and a notebook shows.
     Raises: InputError for a query outside the map, or more than 4096 tokens.
@@ -49,7 +51,9 @@ def draw_pattern(
     chosen = _numbers(queries, space)
     rows = list(_masks(pattern, space, image).items())
     panels = 1 + len(chosen) * (0 if len(space) == 1 else 1 if len(space) == 2 else keys[0])
-    figure = Figure(figsize=(SIDE * panels, (SIDE + 0.5) * len(rows)), layout="constrained")
+    figure = Figure() if figure is None else figure
+    figure.set_layout_engine("constrained")
+    figure.set_size_inches(SIDE * panels, (SIDE + 0.5) * len(rows))
     axes = figure.subplots(len(rows), panels, squeeze=False)
     for row, (title, mask) in zip(axes, rows):
         _show(row[0], mask.numpy(), [])
