@@ -5,6 +5,7 @@ from math import prod
 from hypothesis import strategies as st
 
 from saccade.ops import (
+    BlockDiffusion,
     Causal,
     Complement,
     Documents,
@@ -69,6 +70,9 @@ CASES = [
     (Documents((40, 2, 38)), (8, 10)),
     (GlobalTokens((0, 5)), (12,)),
     (Sinks(3), (4, 5)),
+    (BlockDiffusion(3), (20,)),
+    (BlockDiffusion(4, clean="token"), (2, 6, 5)),
+    (BlockDiffusion(50), (2, 99)),
     (Union((Window(4), GlobalTokens((3,)))), (4, 8)),
     (Union((SlidingWindow(2), Sinks(1), GlobalTokens((299,)))), (300,)),
     (Intersection((Neighborhood(3), Causal())), (6, 7)),

@@ -2,6 +2,8 @@
 
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
+from saccade.ops.block_causal import BlockDiffusion, next_block_pattern
+from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
@@ -15,6 +17,7 @@ from saccade.ops.draw import draw_pattern
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
 from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
+from saccade.ops.parallel_attention import parallel_attention
 from saccade.ops.pattern import AxialPattern, Pattern, Plan, Ranges, StaticPattern, Tiles
 from saccade.ops.position_bias import PositionBias, QueryTables, RelativeTable
 from saccade.ops.selection import (
@@ -35,8 +38,10 @@ from saccade.ops.varied_window import resample_windows, resampling_weights
 from saccade.ops.window import Global, Grid, Halo, Window
 
 __all__ = [
+    "MASKS",
     "AttentionResult",
     "AxialPattern",
+    "BlockDiffusion",
     "Causal",
     "Complement",
     "ComposedPattern",
@@ -47,6 +52,7 @@ __all__ = [
     "Grid",
     "Halo",
     "Intersection",
+    "MaskLayout",
     "Neighborhood",
     "Pattern",
     "PerHead",
@@ -67,6 +73,7 @@ __all__ = [
     "agent_attention",
     "agent_attention_weights",
     "block_means",
+    "build_mask",
     "channel_attention",
     "channel_attention_weights",
     "choose_blocks",
@@ -77,8 +84,10 @@ __all__ = [
     "draw_pattern",
     "merge_attention",
     "mixture_of_blocks",
+    "next_block_pattern",
     "outlook_attention",
     "outlook_attention_weights",
+    "parallel_attention",
     "pattern_cost",
     "region_scores",
     "resample_windows",
