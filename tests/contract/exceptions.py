@@ -11,6 +11,7 @@ VARIANTS = {
     "agent": [{"num_heads": 2, "num_agents": 4, "size": (9, 7)}, {"num_agents": 9, "size": 6, "sr_ratio": 2}],
     "attention": [{"num_heads": 4, "qkv_bias": False, "scale": 0.3}],
     "bi_level_routing": [{"num_heads": 2, "num_regions": 3, "topk": 2, "qk_dim": 4, "scale": 1.3, "lepe_size": 3}],
+    "block_causal": [{"num_heads": 2, "block_size": 5, "prefix": 4, "hybrid": True}, {"block_size": 1, "scale": 0.3}],
     "channel": [{"num_heads": 2, "qkv_bias": False, "scale": 0.1}],
     "depthwise_conv": [{"kernel_size": 3}],
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
@@ -33,6 +34,7 @@ VARIANTS = {
 
 NO_PREFIX = {
     "bi_level_routing": "a token outside the map belongs to no region",
+    "block_causal": "a token that sees all and is seen by all would carry the future into the past",
     "depthwise_conv": "fixed local weights know no token outside the map",
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
     "fourier_filter": "a token outside the map has no place in its spectrum",

@@ -10,6 +10,7 @@ from saccade.mixers.agent import AgentAttention
 from saccade.mixers.attention import Attention, GridAttention, NeighborhoodAttention, PatternAttention, WindowAttention
 from saccade.mixers.baselines import DepthwiseConv, Pooling
 from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
+from saccade.mixers.block_causal import BlockCausalAttention
 from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.fourier_filter import FourierFilter
@@ -26,6 +27,7 @@ __all__ = [
     "AgentAttention",
     "Attention",
     "BiLevelRoutingAttention",
+    "BlockCausalAttention",
     "ChannelAttention",
     "DeformableLifting",
     "DepthwiseConv",
