@@ -147,6 +147,13 @@ def test_options_that_cannot_be_served(command, options, message, complaint, pho
         ("bench --sides 7,0", "side is 0: give a whole number of at least 1"),
         ("bench --heads 0", "heads is 0: give a whole number of at least 1"),
         ("bench --dtype float23", "dtype is 'float23': did you mean float32"),
+        ("bench maks", "what is 'maks': did you mean masks"),
+        ("bench masks --masks causl", "mask is 'causl': did you mean causal"),
+        ("bench masks --lengths 7,x", "lengths is '7,x': give whole numbers such as 14,28,56"),
+        ("bench masks --lengths 0", "length is 0: give a whole number of at least 1"),
+        ("bench masks --peers dens", "peer is 'dens': did you mean dense"),
+        ("bench masks --sides 7", "--sides is given to `saccade bench masks`, which has no use for it"),
+        ("bench --lengths 7", "--lengths is given to `saccade bench operators`, which has no use for it"),
         ("bench --operators window --sides 2 --plot plot.doc", "plot is 'plot.doc': "),
         ("train a --nodes 2.5", "--nodes is '2.5': give a whole number"),
     ],
@@ -268,12 +275,24 @@ def test_failed_work_and_an_interrupt_have_their_own_status(complaint, monkeypat
         ("mixers", {"window", "pooling"}),
         ("models study_x*", {"study_xs", "study_xxs"}),
         ("bench --operators window,global --sides 2,3", {"operator", "milliseconds", "dense", "speedups", "exponent"}),
+        ("bench masks --masks causal --lengths 8 --peers dense", {"mask", "density", "tiled", "speedups", "tflops"}),
     ],
 )
 def test_json_is_all_that_is_printed(words, keys, capsys):
     assert main([*words.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert keys <= set(found[0] if isinstance(found, list) else found)
+
+
+def test_bench_masks_prints_shares_times_and_what_is_missing(capsys):
+    call = "bench masks --masks causal,document --lengths 16,32 --head-dim 8 --peers dense --backward"
+    assert main(call.split()) == 0
+    printed = capsys.readouterr()
+    for words in ("mask", "density", "tiles", "computed", "ours", "dense (times ours)", "TFLOP/s", "document", "x)"):
+        assert words in printed.out
+    assert printed.err == "causal, 16 tokens\ncausal, 32 tokens\ndocument, 16 tokens\ndocument, 32 tokens\n"
+    assert main(["bench", "masks", "--masks", "full", "--lengths", "4", "--peers", "none"]) == 0
+    assert "times ours" not in capsys.readouterr().out
 
 
 def test_train_leaves_a_checkpoint_and_names_what_it_left_out(photos, tmp_path, capsys):
