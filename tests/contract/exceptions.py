@@ -27,6 +27,7 @@ VARIANTS = {
     "pooling": [{"pool_size": 5}],
     "strip": [{"num_heads": 2, "qk_dim": 3, "sr_ratio": 3, "scale": 0.3}, {"sr_ratio": 2, "reduction": "mean"}],
     "top_k": [{"num_heads": 2, "share": 0.1, "dynamic": True, "scale": 0.7}, {"share": 0.04, "qkv_bias": False}],
+    "reused_blocks": [{"num_heads": 2, "block_size": (3, 2), "keep": 0.5, "scale": 0.3, "choosing_scale": 0.7}],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -44,6 +45,7 @@ NO_PREFIX = {
     "pooling": "an average over neighbours knows no token outside the map",
     "strip": "keys come from a reduced map, and a token outside the map is in no cell",
     "top_k": "the keys that a query keeps are a share of the map",
+    "reused_blocks": "a token outside the map belongs to no block",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""
@@ -76,5 +78,6 @@ CHOOSES_ALL = {
     "bi_level_routing": {"topk": 1000},
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
     "top_k": {"share": 1.0, "dynamic": False},
+    "reused_blocks": {"keep": 1.0},
 }
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""

@@ -19,6 +19,7 @@ from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
+from saccade.mixers.reused_blocks import ReusedBlocksAttention
 from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.varied_window import VariedWindowAttention
@@ -41,6 +42,7 @@ __all__ = [
     "OutlookAttention",
     "PatternAttention",
     "Pooling",
+    "ReusedBlocksAttention",
     "StripAttention",
     "TopKAttention",
     "VariedWindowAttention",

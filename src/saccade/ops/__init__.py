@@ -4,6 +4,13 @@ from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.block_causal import BlockDiffusion, next_block_pattern
 from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
+from saccade.ops.block_weights import (
+    block_weights,
+    kept_blocks,
+    pool_blocks,
+    select_block_share,
+    select_blocks_by_weight,
+)
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
@@ -31,6 +38,7 @@ from saccade.ops.selection import (
 from saccade.ops.sequence import Causal, Documents, GlobalTokens, Sinks, SlidingWindow
 from saccade.ops.softmax_attention import AttentionResult, merge_attention, softmax_attention
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
+from saccade.ops.step_reuse import ReuseResult, ReuseState, choosing_step, reuse_attention
 from saccade.ops.tiling import TileBound, tile_bound
 from saccade.ops.top_k_attention import top_k_attention, top_k_attention_weights
 from saccade.ops.upsampling import upsample_nearest
@@ -61,6 +69,8 @@ __all__ = [
     "QueryTables",
     "Ranges",
     "RelativeTable",
+    "ReuseResult",
+    "ReuseState",
     "Selection",
     "SelectionUnion",
     "Sinks",
@@ -74,14 +84,17 @@ __all__ = [
     "agent_attention_weights",
     "block_means",
     "build_mask",
+    "block_weights",
     "channel_attention",
     "channel_attention_weights",
     "choose_blocks",
+    "choosing_step",
     "deformable_attention_3d",
     "deformable_attention_3d_weights",
     "depth_scores",
     "dilated_windows",
     "draw_pattern",
+    "kept_blocks",
     "merge_attention",
     "mixture_of_blocks",
     "next_block_pattern",
@@ -89,10 +102,14 @@ __all__ = [
     "outlook_attention_weights",
     "parallel_attention",
     "pattern_cost",
+    "pool_blocks",
     "region_scores",
     "resample_windows",
     "resampling_weights",
+    "reuse_attention",
     "route_regions",
+    "select_block_share",
+    "select_blocks_by_weight",
     "select_mask",
     "select_mass",
     "select_similarity_mass",
