@@ -82,8 +82,9 @@ class ReusedBlocksAttention(Mixer):
         """
         query, key, value = self._project(x)
         self._show(query, key, Global() if state.pattern is None else state.pattern)
-        options = {"scale": self.scale, "impl": self.impl}
-        out, state = reuse_attention(query, key, value, state, self.choose, choose_at=choose_at, **options)
+        out, state = reuse_attention(
+            query, key, value, state, self.choose, choose_at=choose_at, scale=self.scale, impl=self.impl
+        )
         return self._finish(out), state
 
     def choose(self, query: Tensor, key: Tensor) -> Selection:

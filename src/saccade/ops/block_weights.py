@@ -49,11 +49,10 @@ def block_weights(
     queries, keys = (x.flatten(2, -2)[:, :, i.flatten()] for x, i in ((query, rows), (key, columns)))
     hidden = torch.zeros(columns.numel(), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     hidden = hidden.masked_fill(columns.flatten() < 0, -torch.inf)
+    at_once = rows.shape[1] * max(1, ROWS // rows.shape[1])  # whole blocks
     means = []
-    for tokens, inside in zip(
-        *(x.split(_rows_at_once(rows.shape[1]), i) for x, i in ((queries, 2), (rows.flatten(), 0)))
-    ):
-        weights = attention_weights(tokens, keys, hidden, scale) * (inside >= 0).unsqueeze(-1)
+    for tokens, inside in zip(queries.split(at_once, 2), (rows.flatten() >= 0).split(at_once)):
+        weights = attention_weights(tokens, keys, hidden, scale) * inside.unsqueeze(-1)
         means.append(weights.unflatten(3, tuple(columns.shape)).mean(4).unflatten(2, (-1, rows.shape[1])).mean(3))
     return torch.cat(means, 2)
 
@@ -81,9 +80,9 @@ def pool_blocks(
                 f"attention is {tuple(attention.shape)} and {name} is {axes}: it has {tokens} tokens there"
             )
     rows, columns = (block_order(axes, block_size, attention.device) for axes in spaces)
-    tokens = attention.abs()[:, :, rows.flatten()][..., columns.flatten()]
-    tokens = tokens * (rows.flatten() >= 0).unsqueeze(-1) * (columns.flatten() >= 0)
-    return tokens.unflatten(3, tuple(columns.shape)).mean(4).unflatten(2, tuple(rows.shape)).mean(3)
+    magnitudes = attention.abs()[:, :, rows.flatten()][..., columns.flatten()]
+    magnitudes = magnitudes * (rows.flatten() >= 0).unsqueeze(-1) * (columns.flatten() >= 0)
+    return magnitudes.unflatten(3, tuple(columns.shape)).mean(4).unflatten(2, tuple(rows.shape)).mean(3)
 
 
 def kept_blocks(blocks: int, keep: float) -> int:
@@ -105,7 +104,7 @@ def select_block_share(scores: Tensor, keep: float, **blocks: int | tuple[int, .
         keep: share of the key blocks.
         blocks: query_block, key_block, key_size and ragged of the `Selection`.
     """
-    return select_top_k(scores, kept_blocks(scores.shape[-1], keep), **blocks)
+    return select_top_k(scores, kept_blocks(scores.shape[-1], keep), scope="query", **blocks)
 
 
 def select_blocks_by_weight(
@@ -158,8 +157,3 @@ def select_blocks_by_weight(
         torch.cat([chosen.used & (chosen.blocks < first), among.used], -1),
         **blocks,  # type: ignore[arg-type]
     )
-
-
-def _rows_at_once(block: int) -> int:
-    """Whole blocks of queries, about ROWS in all."""
-    return block * max(1, ROWS // block)

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from saccade.data import load_images
 
-__all__ = ["train_on_digits"]
+__all__ = ["Block", "train_on_digits"]
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Norm, mixer, norm and MLP, each pair with a residual: (B, *space, C) -> (B, *space, C)."""
+
     def __init__(self, dim: int, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -32,7 +34,7 @@ class _Pixels(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, dim, 3, padding=1)
         self.position = nn.Parameter(0.02 * torch.randn(side, side, dim))
-        self.blocks = nn.Sequential(*(_Block(dim, make_mixer(dim)) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, make_mixer(dim)) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 10))
 
     def forward(self, pixels: Tensor) -> Tensor:
