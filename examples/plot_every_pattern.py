@@ -20,6 +20,7 @@ from saccade.ops import (
     Causal,
     Complement,
     Documents,
+    ElasticSpan,
     Global,
     GlobalTokens,
     Grid,
@@ -59,7 +60,7 @@ for pattern in (Global(), Window(4), Window(4, shift=2), Window((3, 12)), Grid(4
 # Sliding
 # -------
 # A window around every query: shifted inwards at the border (NAT), with a stride (GNA), with holes, with causal axes;
-# or cut off at the border.
+# or cut off at the border, also in blocks whose number grows with the map (MoA).
 
 for pattern in (
     Neighborhood(5),
@@ -67,6 +68,7 @@ for pattern in (
     Neighborhood(5, dilation=2),
     Neighborhood(5, causal=(True, False)),
     SlidingWindow(2, 2),
+    ElasticSpan(0, 0.25, 2),
 ):
     draw(pattern)
 

@@ -1,5 +1,7 @@
 """What the contracts need to know of single mixers and patterns: variants to try, exceptions with their reasons."""
 
+from saccade.ops import ElasticSpan
+
 NO_PLAN = {
     "PerHead": "each head's pattern has a plan; tests/ops/test_compose.py",
     "Selection": "it differs for each image and head; tests/ops/test_selection.py",
@@ -14,6 +16,10 @@ VARIANTS = {
     "block_causal": [{"num_heads": 2, "block_size": 5, "prefix": 4, "hybrid": True}, {"block_size": 1, "scale": 0.3}],
     "channel": [{"num_heads": 2, "qkv_bias": False, "scale": 0.1}],
     "depthwise_conv": [{"kernel_size": 3}],
+    "elastic_span": [
+        {"num_heads": 2, "rules": [ElasticSpan(1, 0.25, 2), ElasticSpan(-3, 1.0, 1)], "causal": True, "scale": 0.3},
+        {"rules": ElasticSpan(2, 0, 2), "sinks": 0},
+    ],
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
     "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
     "grid": [{"num_heads": 2, "position_bias": False}],

@@ -16,6 +16,7 @@ from saccade.ops import (
     Causal,
     Complement,
     Documents,
+    ElasticSpan,
     Global,
     GlobalTokens,
     Grid,
@@ -90,7 +91,17 @@ def sliding_axis(length, before, after, dilation):
     return see
 
 
+def elastic_axis(length, alpha, beta, block_size):
+    """Pair by pair: the distance in blocks."""
+    span = max(1, int(alpha // block_size + beta * -(-length // block_size)))
+    see = np.zeros((length, length), bool)
+    for x, y in product(range(length), repeat=2):
+        see[x, y] = abs(x // block_size - y // block_size) < span
+    return see
+
+
 AXIS = {
+    ElasticSpan: elastic_axis,
     Global: global_axis,
     Window: window_axis,
     Grid: grid_axis,

@@ -12,6 +12,7 @@ from saccade.mixers.baselines import DepthwiseConv, Pooling
 from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
 from saccade.mixers.block_causal import BlockCausalAttention
 from saccade.mixers.channel import ChannelAttention
+from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.halo import HaloAttention
@@ -32,6 +33,7 @@ __all__ = [
     "ChannelAttention",
     "DeformableLifting",
     "DepthwiseConv",
+    "ElasticSpanAttention",
     "FactorizedAttention",
     "FourierFilter",
     "GridAttention",

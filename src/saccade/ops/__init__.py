@@ -21,6 +21,14 @@ from saccade.ops.deformable_attention_3d import (
 )
 from saccade.ops.dilated_window import dilated_windows
 from saccade.ops.draw import draw_pattern
+from saccade.ops.elastic_span import (
+    ElasticSpan,
+    attention_influence,
+    span_candidates,
+    span_densities,
+    span_losses,
+    sum_blocks,
+)
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
 from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
@@ -37,6 +45,7 @@ from saccade.ops.selection import (
 )
 from saccade.ops.sequence import Causal, Documents, GlobalTokens, Sinks, SlidingWindow
 from saccade.ops.softmax_attention import AttentionResult, merge_attention, softmax_attention
+from saccade.ops.span_search import SpanPlan, assign_spans, choose_plan
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
 from saccade.ops.step_reuse import ReuseResult, ReuseState, choosing_step, reuse_attention
 from saccade.ops.tiling import TileBound, tile_bound
@@ -55,6 +64,7 @@ __all__ = [
     "ComposedPattern",
     "Cost",
     "Documents",
+    "ElasticSpan",
     "Global",
     "GlobalTokens",
     "Grid",
@@ -75,6 +85,7 @@ __all__ = [
     "SelectionUnion",
     "Sinks",
     "SlidingWindow",
+    "SpanPlan",
     "StaticPattern",
     "TileBound",
     "Tiles",
@@ -82,12 +93,15 @@ __all__ = [
     "Window",
     "agent_attention",
     "agent_attention_weights",
+    "assign_spans",
+    "attention_influence",
     "block_means",
     "build_mask",
     "block_weights",
     "channel_attention",
     "channel_attention_weights",
     "choose_blocks",
+    "choose_plan",
     "choosing_step",
     "deformable_attention_3d",
     "deformable_attention_3d_weights",
@@ -115,8 +129,12 @@ __all__ = [
     "select_similarity_mass",
     "select_top_k",
     "softmax_attention",
+    "span_candidates",
+    "span_densities",
+    "span_losses",
     "sparse_attention",
     "sparse_attention_weights",
+    "sum_blocks",
     "tile_bound",
     "top_k_attention",
     "top_k_attention_weights",
