@@ -10,8 +10,10 @@ FILE = Path(__file__).with_name("api_surface.json")
 FLOORS = (
     "saccade",
     "saccade.errors",
+    "saccade.registry",
     "saccade.ops",
     "saccade.taps",
+    "saccade.gates",
     "saccade.mixers",
     "saccade.data",
     "saccade.measure",

@@ -31,9 +31,13 @@ VARIANTS = {
     "neighborhood": [{"num_heads": 2, "stride": 2, "causal": (True, False)}],
     "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
     "pooling": [{"pool_size": 5}],
+    "reused_blocks": [{"num_heads": 2, "block_size": (3, 2), "keep": 0.5, "scale": 0.3, "choosing_scale": 0.7}],
+    "routed": [
+        {"num_heads": 2, "start": -4.5, "window": 2, "scale": 0.3, "pool_size": 3, "form": "sigmoid"},
+        {"num_heads": 2, "start": -4.5, "window": 3, "sinks": 0, "block_size": 2, "causal": True},
+    ],
     "strip": [{"num_heads": 2, "qk_dim": 3, "sr_ratio": 3, "scale": 0.3}, {"sr_ratio": 2, "reduction": "mean"}],
     "top_k": [{"num_heads": 2, "share": 0.1, "dynamic": True, "scale": 0.7}, {"share": 0.04, "qkv_bias": False}],
-    "reused_blocks": [{"num_heads": 2, "block_size": (3, 2), "keep": 0.5, "scale": 0.3, "choosing_scale": 0.7}],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -49,9 +53,10 @@ NO_PREFIX = {
     "outlook": "its matrices are made for windows, and a class token is in none",
     "mixture_of_blocks": "a token outside the map belongs to no block",
     "pooling": "an average over neighbours knows no token outside the map",
+    "reused_blocks": "a token outside the map belongs to no block",
+    "routed": "its router looks at the map, and its causal form at an order that a prefix has no place in",
     "strip": "keys come from a reduced map, and a token outside the map is in no cell",
     "top_k": "the keys that a query keeps are a share of the map",
-    "reused_blocks": "a token outside the map belongs to no block",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""
@@ -80,10 +85,14 @@ NO_SOFTMAX = {
 }
 """Mixers whose rows of attention do not sum to 1."""
 
+DECIDES_HARD = {"routed": "router."}
+"""Parameters, by the beginning of their names, that have no gradient in evaluation, where decisions are hard;
+tests/contract/test_gates.py trains them."""
+
 CHOOSES_ALL = {
     "bi_level_routing": {"topk": 1000},
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
-    "top_k": {"share": 1.0, "dynamic": False},
     "reused_blocks": {"keep": 1.0},
+    "top_k": {"share": 1.0, "dynamic": False},
 }
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""

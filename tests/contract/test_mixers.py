@@ -12,12 +12,21 @@ from torch.testing import assert_close
 import saccade
 from saccade.errors import InputError
 from saccade.mixers import create_mixer, describe_mixer
-from tests.contract.exceptions import AVERAGED, CHOOSES_ALL, IMAGES_ONLY, NO_PREFIX, NO_SOFTMAX, PREFIX_OPTION, VARIANTS
+from tests.contract.exceptions import (
+    AVERAGED,
+    CHOOSES_ALL,
+    DECIDES_HARD,
+    IMAGES_ONLY,
+    NO_PREFIX,
+    NO_SOFTMAX,
+    PREFIX_OPTION,
+    VARIANTS,
+)
 from tests.contract.mixers import CASES, DIM, NAMES, every_mixer, every_name, make_input, make_mixer, show
 
 
 def test_exceptions_are_of_mixers_that_exist():
-    for table in (VARIANTS, AVERAGED, CHOOSES_ALL, NO_PREFIX, PREFIX_OPTION, IMAGES_ONLY, NO_SOFTMAX):
+    for table in (VARIANTS, AVERAGED, CHOOSES_ALL, DECIDES_HARD, NO_PREFIX, PREFIX_OPTION, IMAGES_ONLY, NO_SOFTMAX):
         assert set(table) <= set(NAMES)
 
 
@@ -115,6 +124,8 @@ def test_every_parameter_gets_a_gradient(name, options):
     mixer(x).square().sum().backward()
     assert x.grad.abs().max() > 1e-6
     for parameter_name, parameter in mixer.named_parameters():
+        if name in DECIDES_HARD and parameter_name.startswith(DECIDES_HARD[name]):
+            continue
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().max() > 1e-6, parameter_name
@@ -157,6 +168,11 @@ def test_copies_and_pickles_compute_the_same(name, options):
 # Compilers
 
 
+def gradients(out, leaves, upstream):
+    """Zeros where there is no way back, as from hard decisions."""
+    return torch.autograd.grad(out, leaves, upstream, materialize_grads=True)
+
+
 def check_compiled(mixer, spaces, **options):
     torch.compiler.reset()
     compiled = torch.compile(mixer, fullgraph=True, **options)
@@ -166,7 +182,7 @@ def check_compiled(mixer, spaces, **options):
         out, expected = compiled(x), mixer(x)
         assert_close(out, expected)
         upstream = torch.randn_like(expected)
-        assert_close(*(torch.autograd.grad(result, leaves, upstream) for result in (out, expected)))
+        assert_close(*(gradients(result, leaves, upstream) for result in (out, expected)))
 
 
 @every_name
@@ -203,7 +219,7 @@ def test_the_reference_gives_the_same(name, options):
     out = [each(x) for each in (mixer, reference)]
     assert_close(*out)
     upstream = torch.randn_like(out[0])
-    grads = [torch.autograd.grad(y, [x, *each.parameters()], upstream) for y, each in zip(out, (mixer, reference))]
+    grads = [gradients(y, [x, *each.parameters()], upstream) for y, each in zip(out, (mixer, reference))]
     assert_close(*grads)
 
 

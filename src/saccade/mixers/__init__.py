@@ -1,11 +1,9 @@
 """Mixers: modules that mix tokens, (B, *space, C) -> (B, *space, C). The exported ones are the registry;
 modules of another shape, which read one tensor for another, are exported beside them."""
 
-import inspect
-import re
 from typing import Any
 
-from saccade.errors import InputError, check_choice, nearest
+from saccade.errors import check_choice
 from saccade.mixers.agent import AgentAttention
 from saccade.mixers.attention import Attention, GridAttention, NeighborhoodAttention, PatternAttention, WindowAttention
 from saccade.mixers.baselines import DepthwiseConv, Pooling
@@ -21,9 +19,11 @@ from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
 from saccade.mixers.reused_blocks import ReusedBlocksAttention
+from saccade.mixers.routed import RoutedAttention
 from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.varied_window import VariedWindowAttention
+from saccade.registry import build, buildable, describe
 
 __all__ = [
     "AgentAttention",
@@ -45,6 +45,7 @@ __all__ = [
     "PatternAttention",
     "Pooling",
     "ReusedBlocksAttention",
+    "RoutedAttention",
     "StripAttention",
     "TopKAttention",
     "VariedWindowAttention",
@@ -77,18 +78,12 @@ def create_mixer(name: str, dim: int, **options: Any) -> Mixer:
     >>> create_mixer("neighborhood", 64, window_size=5).num_heads
     2
     """
-    kind = _mixer(name)
-    known = _options(kind)
-    for option in options:
-        if option not in known:
-            raise InputError(f"{kind.__name__} has no option {option!r}: {nearest(option, known)}")
-    return kind(dim, **options)
+    return build(_mixer(name), dim, options)
 
 
 def describe_mixer(name: str) -> str:
     """Say in a sentence what a mixer does: the first of its docstring."""
-    summary = inspect.cleandoc(_mixer(name).__doc__ or "").split("\n\n")[0]
-    return " ".join(summary.split())
+    return describe(_mixer(name))
 
 
 def _mixer(name: str) -> type[Mixer]:
@@ -98,18 +93,4 @@ def _mixer(name: str) -> type[Mixer]:
 
 def _mixers() -> dict[str, type[Mixer]]:
     """Every exported mixer that can be built, by the name made of its own."""
-    exported = [globals()[name] for name in __all__]
-    classes = [each for each in exported if isinstance(each, type) and issubclass(each, Mixer)]
-    kinds = [kind for kind in classes if not inspect.isabstract(kind)]
-    return {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower().removesuffix("_attention"): kind for kind in kinds}
-
-
-def _options(kind: type[Mixer]) -> set[str]:
-    """Arguments of the class; of its bases too, where it hands **options on."""
-    known: set[str] = set()
-    for base in kind.__mro__:
-        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
-        known |= {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and parameters:
-            break
-    return known - {"self", "dim"}
+    return buildable([globals()[name] for name in __all__], Mixer, "_attention")  # type: ignore[type-abstract]

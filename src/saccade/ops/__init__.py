@@ -48,6 +48,7 @@ from saccade.ops.softmax_attention import AttentionResult, merge_attention, soft
 from saccade.ops.span_search import SpanPlan, assign_spans, choose_plan
 from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weights
 from saccade.ops.step_reuse import ReuseResult, ReuseState, choosing_step, reuse_attention
+from saccade.ops.straight_through import gumbel, straight_through
 from saccade.ops.tiling import TileBound, tile_bound
 from saccade.ops.top_k_attention import top_k_attention, top_k_attention_weights
 from saccade.ops.upsampling import upsample_nearest
@@ -108,6 +109,7 @@ __all__ = [
     "depth_scores",
     "dilated_windows",
     "draw_pattern",
+    "gumbel",
     "kept_blocks",
     "merge_attention",
     "mixture_of_blocks",
@@ -134,6 +136,7 @@ __all__ = [
     "span_losses",
     "sparse_attention",
     "sparse_attention_weights",
+    "straight_through",
     "sum_blocks",
     "tile_bound",
     "top_k_attention",
