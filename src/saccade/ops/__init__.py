@@ -3,7 +3,6 @@
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.block_causal import BlockDiffusion, next_block_pattern
-from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
 from saccade.ops.block_weights import (
     block_weights,
     kept_blocks,
@@ -11,6 +10,7 @@ from saccade.ops.block_weights import (
     select_block_share,
     select_blocks_by_weight,
 )
+from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
@@ -97,8 +97,8 @@ __all__ = [
     "assign_spans",
     "attention_influence",
     "block_means",
-    "build_mask",
     "block_weights",
+    "build_mask",
     "channel_attention",
     "channel_attention_weights",
     "choose_blocks",
