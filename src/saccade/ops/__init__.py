@@ -52,6 +52,7 @@ from saccade.ops.straight_through import gumbel, straight_through
 from saccade.ops.tiling import TileBound, tile_bound
 from saccade.ops.top_k_attention import top_k_attention, top_k_attention_weights
 from saccade.ops.upsampling import upsample_nearest
+from saccade.ops.token_order import axis_order, gilbert_order, reorder, restore, tile_order
 from saccade.ops.varied_window import resample_windows, resampling_weights
 from saccade.ops.window import Global, Grid, Halo, Window
 
@@ -96,6 +97,7 @@ __all__ = [
     "agent_attention_weights",
     "assign_spans",
     "attention_influence",
+    "axis_order",
     "block_means",
     "block_weights",
     "build_mask",
@@ -111,6 +113,7 @@ __all__ = [
     "draw_pattern",
     "gumbel",
     "kept_blocks",
+    "gilbert_order",
     "merge_attention",
     "mixture_of_blocks",
     "next_block_pattern",
@@ -120,9 +123,11 @@ __all__ = [
     "pattern_cost",
     "pool_blocks",
     "region_scores",
+    "reorder",
     "resample_windows",
     "resampling_weights",
     "reuse_attention",
+    "restore",
     "route_regions",
     "select_block_share",
     "select_blocks_by_weight",
@@ -142,4 +147,5 @@ __all__ = [
     "top_k_attention",
     "top_k_attention_weights",
     "upsample_nearest",
+    "tile_order",
 ]
