@@ -11,6 +11,7 @@ from saccade.ops.block_weights import (
     select_blocks_by_weight,
 )
 from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
+from saccade.ops.block_map import block_map, block_map_divergence, pool_blocks, select_gated
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
@@ -98,6 +99,8 @@ __all__ = [
     "assign_spans",
     "attention_influence",
     "axis_order",
+    "block_map",
+    "block_map_divergence",
     "block_means",
     "block_weights",
     "build_mask",
@@ -131,6 +134,7 @@ __all__ = [
     "route_regions",
     "select_block_share",
     "select_blocks_by_weight",
+    "select_gated",
     "select_mask",
     "select_mass",
     "select_similarity_mass",
