@@ -36,6 +36,14 @@ from saccade.ops.outlook_attention import outlook_attention, outlook_attention_w
 from saccade.ops.parallel_attention import parallel_attention
 from saccade.ops.pattern import AxialPattern, Pattern, Plan, Ranges, StaticPattern, Tiles
 from saccade.ops.position_bias import PositionBias, QueryTables, RelativeTable
+from saccade.ops.pyramid import (
+    block_importance,
+    pyramid_attention,
+    pyramid_attention_weights,
+    pyramid_density,
+    pyramid_levels,
+    similar_levels,
+)
 from saccade.ops.selection import (
     Selection,
     block_means,
@@ -99,6 +107,7 @@ __all__ = [
     "assign_spans",
     "attention_influence",
     "axis_order",
+    "block_importance",
     "block_map",
     "block_map_divergence",
     "block_means",
@@ -125,6 +134,10 @@ __all__ = [
     "parallel_attention",
     "pattern_cost",
     "pool_blocks",
+    "pyramid_attention",
+    "pyramid_attention_weights",
+    "pyramid_density",
+    "pyramid_levels",
     "region_scores",
     "reorder",
     "resample_windows",
@@ -139,6 +152,7 @@ __all__ = [
     "select_mass",
     "select_similarity_mass",
     "select_top_k",
+    "similar_levels",
     "softmax_attention",
     "span_candidates",
     "span_densities",
