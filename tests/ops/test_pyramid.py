@@ -258,6 +258,8 @@ def test_errors_say_what_to_do():
         similar_levels(key, 6, {4: 0.5})
     with pytest.raises(InputError, match="causal is True with 16 queries in blocks of 8 and 16 keys in blocks of 16"):
         pyramid_attention(query, key, value, levels[..., :1], 8, 16, causal=True)
+    with pytest.raises(InputError, match=r"sizes is \(2,\): the own block is read at level 1"):
+        pyramid_attention(query, key, value, 2 * levels, 8, 8, sizes=(2,), causal=True)
     with pytest.raises(InputError, match=r"sample is 0.5 and causal is True: give a share"):
         block_importance(query, key, 8, 8, sample=0.5, causal=True)
     with pytest.raises(InputError, match=r"ends is \{1: 1.5\}: give level -> share"):

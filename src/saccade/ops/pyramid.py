@@ -13,10 +13,11 @@ from torch import Tensor
 from saccade.errors import InputError, check_choice
 from saccade.ops.block_map import block_map
 from saccade.ops.check import check_attention, check_positive
+from saccade.ops.pattern import Pattern
 from saccade.ops.selection import select_mask
+from saccade.ops.sequence import Causal
 from saccade.ops.softmax_attention import AttentionResult, attend, merge_attention
 from saccade.ops.sparse_attention import sparse_attention
-from saccade.ops.window import Window
 
 __all__ = [
     "block_importance",
@@ -321,12 +322,8 @@ def _tiled(
     replicate: bool,
     scale: float,
 ) -> AttentionResult:
-    """Each level is a selection of blocks of its own keys; the own block of causal queries is a window."""
-    parts = []
-    if causal:
-        levels = levels.tril(-1)
-        window = Window(blocks[0], ragged=True, causal=True)
-        parts.append(sparse_attention(query, key, value, window, scale=scale, return_lse=True))
+    """Each level is a selection of blocks of its own keys; above level 1 all that causal queries see is past."""
+    parts: list[AttentionResult] = []
     for size in sizes:
         chosen = levels == size
         last = size == sizes[-1] and not parts  # which says that nothing is seen
@@ -339,10 +336,12 @@ def _tiled(
             asked = F.pad(query, (0, 1), value=1 / scale)
             extra = (count / size).log().to(key.dtype).expand(pooled.shape[:3])
             pooled = torch.cat([pooled, extra.unsqueeze(-1)], -1)
-        selection = select_mask(
+        pattern: Pattern = select_mask(
             chosen, query_block=blocks[0], key_block=blocks[1] // size, key_size=(len(count),), ragged=True
         )
-        out, lse = sparse_attention(asked, pooled, means, selection, scale=scale, return_lse=True)
+        if causal and size == 1:
+            pattern = pattern & Causal()
+        out, lse = sparse_attention(asked, pooled, means, pattern, scale=scale, return_lse=True)
         parts.append(AttentionResult(out, lse + log(size)))
     return merge_attention(parts)
 
@@ -423,6 +422,8 @@ def _check(
             raise InputError(f"levels has {sorted(unknown)} and sizes is {tuple(sizes)}: name all levels in sizes")
     if not causal:
         return levels
+    if 1 not in sizes:
+        raise InputError(f"causal is True and sizes is {tuple(sizes)}: the own block is read at level 1. Add it")
     if query_block != key_block or query.shape[2] != key.shape[2]:
         raise InputError(
             f"causal is True with {query.shape[2]} queries in blocks of {query_block} and {key.shape[2]} keys in "
