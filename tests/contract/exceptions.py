@@ -38,6 +38,10 @@ VARIANTS = {
     ],
     "strip": [{"num_heads": 2, "qk_dim": 3, "sr_ratio": 3, "scale": 0.3}, {"sr_ratio": 2, "reduction": "mean"}],
     "top_k": [{"num_heads": 2, "share": 0.1, "dynamic": True, "scale": 0.7}, {"share": 0.04, "qkv_bias": False}],
+    "pyramid_sparse": [
+        {"num_heads": 2, "query_block": 5, "key_block": 8, "order": "tile", "similarity": {2: 0.1, 4: 0.0, 8: -0.1}},
+        {"ends": {1: 0.3, 2: 0.5, 0: 0.6, 4: 1.0}, "by": "count", "order": "row"},
+    ],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -57,6 +61,7 @@ NO_PREFIX = {
     "routed": "its router looks at the map, and its causal form at an order that a prefix has no place in",
     "strip": "keys come from a reduced map, and a token outside the map is in no cell",
     "top_k": "the keys that a query keeps are a share of the map",
+    "pyramid_sparse": "a token outside the map belongs to no block",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""
@@ -94,5 +99,6 @@ CHOOSES_ALL = {
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
     "reused_blocks": {"keep": 1.0},
     "top_k": {"share": 1.0, "dynamic": False},
+    "pyramid_sparse": {"ends": {1: 1.0}, "similarity": None},
 }
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""

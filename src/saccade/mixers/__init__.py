@@ -22,6 +22,7 @@ from saccade.mixers.reused_blocks import ReusedBlocksAttention
 from saccade.mixers.routed import RoutedAttention
 from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
+from saccade.mixers.pyramid_sparse import PyramidSparseAttention
 from saccade.mixers.varied_window import VariedWindowAttention
 from saccade.registry import build, buildable, describe
 
@@ -48,6 +49,7 @@ __all__ = [
     "RoutedAttention",
     "StripAttention",
     "TopKAttention",
+    "PyramidSparseAttention",
     "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",
