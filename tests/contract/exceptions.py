@@ -42,6 +42,9 @@ VARIANTS = {
         {"num_heads": 2, "query_block": 5, "key_block": 8, "order": "tile", "similarity": {2: 0.1, 4: 0.0, 8: -0.1}},
         {"ends": {1: 0.3, 2: 0.5, 0: 0.6, 4: 1.0}, "by": "count", "order": "row"},
     ],
+    "seer": [
+        {"num_heads": 2, "block_size": (2, 3), "threshold": 0.05, "rotary": 100.0, "query_pools": ("max", "min")},
+    ],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
     "window": [{"num_heads": 2, "shift": True}],
 }
@@ -62,6 +65,7 @@ NO_PREFIX = {
     "strip": "keys come from a reduced map, and a token outside the map is in no cell",
     "top_k": "the keys that a query keeps are a share of the map",
     "pyramid_sparse": "a token outside the map belongs to no block",
+    "seer": "a token outside the map belongs to no block",
     "varied_window": "regions are sampled from the map alone, and VSA's networks have no class token",
 }
 """Mixers that refuse prefix tokens."""
@@ -90,15 +94,18 @@ NO_SOFTMAX = {
 }
 """Mixers whose rows of attention do not sum to 1."""
 
-DECIDES_HARD = {"routed": "router."}
-"""Parameters, by the beginning of their names, that have no gradient in evaluation, where decisions are hard;
-tests/contract/test_gates.py trains them."""
-
 CHOOSES_ALL = {
     "bi_level_routing": {"topk": 1000},
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
     "reused_blocks": {"keep": 1.0},
     "top_k": {"share": 1.0, "dynamic": False},
     "pyramid_sparse": {"ends": {1: 1.0}, "similarity": None},
+    "seer": {"share": 1.0, "threshold": None},
 }
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""
+
+TAUGHT_APART = {
+    "routed": ("router.", "its decisions are hard in evaluation; tests/contract/test_gates.py trains it"),
+    "seer": ("gate.", "it chooses, and learns from a loss of its own, `distill`"),
+}
+"""Mixers with parameters that no gradient of the output reaches: what their names begin with, and why."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saccade.mixers import create_mixer, list_mixers
-from tests.contract.exceptions import VARIANTS
+from tests.contract.exceptions import TAUGHT_APART, VARIANTS
 
 DIM = 8
 NAMES = list_mixers()
@@ -31,3 +31,9 @@ def make_mixer(name, options=None, dtype=torch.float64):
 
 def make_input(*space, batch=2, dtype=torch.float64):
     return torch.randn(batch, *space, DIM, dtype=dtype)
+
+
+def reached(name, mixer):
+    """The parameters by name that a gradient of the output reaches."""
+    apart = TAUGHT_APART[name][0] if name in TAUGHT_APART else ()
+    return {key: parameter for key, parameter in mixer.named_parameters() if not key.startswith(apart)}

@@ -15,18 +15,18 @@ from saccade.mixers import create_mixer, describe_mixer
 from tests.contract.exceptions import (
     AVERAGED,
     CHOOSES_ALL,
-    DECIDES_HARD,
     IMAGES_ONLY,
     NO_PREFIX,
     NO_SOFTMAX,
     PREFIX_OPTION,
+    TAUGHT_APART,
     VARIANTS,
 )
-from tests.contract.mixers import CASES, DIM, NAMES, every_mixer, every_name, make_input, make_mixer, show
+from tests.contract.mixers import CASES, DIM, NAMES, every_mixer, every_name, make_input, make_mixer, reached, show
 
 
 def test_exceptions_are_of_mixers_that_exist():
-    for table in (VARIANTS, AVERAGED, CHOOSES_ALL, DECIDES_HARD, NO_PREFIX, PREFIX_OPTION, IMAGES_ONLY, NO_SOFTMAX):
+    for table in (VARIANTS, AVERAGED, CHOOSES_ALL, NO_PREFIX, PREFIX_OPTION, IMAGES_ONLY, NO_SOFTMAX, TAUGHT_APART):
         assert set(table) <= set(NAMES)
 
 
@@ -123,9 +123,7 @@ def test_every_parameter_gets_a_gradient(name, options):
     mixer, x = make_mixer(name, options), make_input(7, 9).requires_grad_()
     mixer(x).square().sum().backward()
     assert x.grad.abs().max() > 1e-6
-    for parameter_name, parameter in mixer.named_parameters():
-        if name in DECIDES_HARD and parameter_name.startswith(DECIDES_HARD[name]):
-            continue
+    for parameter_name, parameter in reached(name, mixer).items():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().max() > 1e-6, parameter_name
@@ -168,17 +166,12 @@ def test_copies_and_pickles_compute_the_same(name, options):
 # Compilers
 
 
-def gradients(out, leaves, upstream):
-    """Zeros where there is no way back, as from hard decisions."""
-    return torch.autograd.grad(out, leaves, upstream, materialize_grads=True)
-
-
-def check_compiled(mixer, spaces, **options):
+def check_compiled(name, mixer, spaces, **options):
     torch.compiler.reset()
     compiled = torch.compile(mixer, fullgraph=True, **options)
     for space in spaces:
         x = make_input(*space).requires_grad_()
-        leaves = [x, *mixer.parameters()]
+        leaves = [x, *reached(name, mixer).values()]
         out, expected = compiled(x), mixer(x)
         assert_close(out, expected)
         upstream = torch.randn_like(expected)
@@ -187,13 +180,13 @@ def check_compiled(mixer, spaces, **options):
 
 @every_name
 def test_compiled_whole_it_gives_the_same_at_two_sizes(name):
-    check_compiled(make_mixer(name), [(7, 9), (8, 4)], backend="aot_eager", dynamic=False)
+    check_compiled(name, make_mixer(name), [(7, 9), (8, 4)], backend="aot_eager", dynamic=False)
 
 
 @pytest.mark.slow
 @every_mixer
 def test_compiled_with_sizes_found_to_vary_it_gives_the_same(name, options):
-    check_compiled(make_mixer(name, options), [(7, 9), (8, 4), (6, 6)], backend="aot_eager")
+    check_compiled(name, make_mixer(name, options), [(7, 9), (8, 4), (6, 6)], backend="aot_eager")
 
 
 @every_mixer
@@ -219,7 +212,9 @@ def test_the_reference_gives_the_same(name, options):
     out = [each(x) for each in (mixer, reference)]
     assert_close(*out)
     upstream = torch.randn_like(out[0])
-    grads = [gradients(y, [x, *each.parameters()], upstream) for y, each in zip(out, (mixer, reference))]
+    grads = [
+        torch.autograd.grad(y, [x, *reached(name, each).values()], upstream) for y, each in zip(out, (mixer, reference))
+    ]
     assert_close(*grads)
 
 

@@ -1,8 +1,10 @@
-"""Gates: modules that decide what passes, from a channels-last map. The exported classes are the registry."""
+"""Gates: modules that decide what passes, from a channels-last map. The exported
+classes are the registry; gates that read queries and keys are exported beside them."""
 
 from typing import Any
 
 from saccade.errors import check_choice
+from saccade.gates.block_gate import BlockGate, TokenGate
 from saccade.gates.budget import SparsityBudget
 from saccade.gates.gate import Gate
 from saccade.gates.layer_router import LayerRouter
@@ -10,9 +12,11 @@ from saccade.gates.schedules import anneal_temperature, warm_target
 from saccade.registry import build, buildable, describe
 
 __all__ = [
+    "BlockGate",
     "Gate",
     "LayerRouter",
     "SparsityBudget",
+    "TokenGate",
     "anneal_temperature",
     "create_gate",
     "describe_gate",

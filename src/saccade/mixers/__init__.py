@@ -23,6 +23,7 @@ from saccade.mixers.routed import RoutedAttention
 from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.pyramid_sparse import PyramidSparseAttention
+from saccade.mixers.seer import SeerAttention
 from saccade.mixers.varied_window import VariedWindowAttention
 from saccade.registry import build, buildable, describe
 
@@ -50,6 +51,7 @@ __all__ = [
     "StripAttention",
     "TopKAttention",
     "PyramidSparseAttention",
+    "SeerAttention",
     "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",

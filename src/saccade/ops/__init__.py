@@ -44,6 +44,7 @@ from saccade.ops.pyramid import (
     pyramid_levels,
     similar_levels,
 )
+from saccade.ops.rotary import rotary_angles, rotate
 from saccade.ops.selection import (
     Selection,
     block_means,
@@ -144,6 +145,8 @@ __all__ = [
     "resampling_weights",
     "reuse_attention",
     "restore",
+    "rotary_angles",
+    "rotate",
     "route_regions",
     "select_block_share",
     "select_blocks_by_weight",
