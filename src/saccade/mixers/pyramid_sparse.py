@@ -44,7 +44,8 @@ class PyramidSparseAttention(Mixer):
             `saccade.ops.similar_levels`; published models that use it take {2: 0.7, 4: 0.65, 8: 0.6}.
         sample: share of a block's tokens by which its importance is estimated, at random; 0.25 in published models.
             By default all are, so that the same input gives the same output.
-        causal: tokens see none that come later; for sequences, with query_block = key_block.
+        causal: tokens see none that come later, but the levels of a block are chosen by all its tokens; for sequences,
+            with query_block = key_block.
         qkv_bias: give the projection to query, key and value a bias.
         impl: as in `saccade.ops.pyramid_attention`.
     """

@@ -44,8 +44,8 @@ class SeerAttention(Mixer):
         threshold: compute the blocks that the gate gives more than this weight, instead of a share.
         gate_dim, query_pools, key_pools, force_double: as for `saccade.gates.BlockGate`.
         rotary: base of a rotary position embedding of query and key, which the gate applies by block; None has none.
-        causal: tokens see none that come later; for sequences. The last two blocks then see all before them, and the
-            first quarter is left out of the loss.
+        causal: tokens see none that come later, but what a block sees is chosen by all its tokens; for sequences. The
+            last two blocks then see all before them, and the first quarter is left out of the loss.
         qkv_bias: give the projection to query, key and value a bias.
         impl: as in `sparse_attention`.
     """

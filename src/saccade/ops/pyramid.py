@@ -105,7 +105,8 @@ def pyramid_levels(
         tiles: hardware tiles of a block at level 1. The blocks of a level then come in multiples that fill whole tiles,
             rounded up where there are so many.
         full_blocks: key blocks at the end that have level 1 for all, such as those of text tokens.
-        causal: of the blocks up to a query block's own; its own and the first have level 1.
+        causal: of the blocks up to a query block's own; its own and the first have level 1. No later block counts,
+            though all queries of a block do.
 
     Returns: (B, heads | 1, T, M) integers, 0 where the block is skipped.
 
