@@ -24,6 +24,8 @@ from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.pyramid_sparse import PyramidSparseAttention
 from saccade.mixers.seer import SeerAttention
+from saccade.mixers.strip import StripAttention
+from saccade.mixers.top_k import TopKAttention
 from saccade.mixers.varied_window import VariedWindowAttention
 from saccade.registry import build, buildable, describe
 
@@ -52,6 +54,8 @@ __all__ = [
     "TopKAttention",
     "PyramidSparseAttention",
     "SeerAttention",
+    "StripAttention",
+    "TopKAttention",
     "VariedWindowAttention",
     "WindowAttention",
     "create_mixer",

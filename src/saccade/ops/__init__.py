@@ -60,9 +60,9 @@ from saccade.ops.sparse_attention import sparse_attention, sparse_attention_weig
 from saccade.ops.step_reuse import ReuseResult, ReuseState, choosing_step, reuse_attention
 from saccade.ops.straight_through import gumbel, straight_through
 from saccade.ops.tiling import TileBound, tile_bound
+from saccade.ops.token_order import axis_order, gilbert_order, reorder, restore, tile_order
 from saccade.ops.top_k_attention import top_k_attention, top_k_attention_weights
 from saccade.ops.upsampling import upsample_nearest
-from saccade.ops.token_order import axis_order, gilbert_order, reorder, restore, tile_order
 from saccade.ops.varied_window import resample_windows, resampling_weights
 from saccade.ops.window import Global, Grid, Halo, Window
 
@@ -165,8 +165,8 @@ __all__ = [
     "straight_through",
     "sum_blocks",
     "tile_bound",
+    "tile_order",
     "top_k_attention",
     "top_k_attention_weights",
     "upsample_nearest",
-    "tile_order",
 ]
