@@ -175,7 +175,7 @@ def check_compiled(name, mixer, spaces, **options):
         out, expected = compiled(x), mixer(x)
         assert_close(out, expected)
         upstream = torch.randn_like(expected)
-        assert_close(*(gradients(result, leaves, upstream) for result in (out, expected)))
+        assert_close(*(torch.autograd.grad(result, leaves, upstream) for result in (out, expected)))
 
 
 @every_name

@@ -12,7 +12,7 @@ from saccade.errors import InputError
 from saccade.ops import (
     block_weights,
     kept_blocks,
-    pool_blocks,
+    pool_attention,
     select_block_share,
     select_blocks_by_weight,
     sparse_attention,
@@ -40,7 +40,7 @@ def test_means_are_over_blocks_that_zeros_fill_up():
     attention = torch.randn(1, 1, 5, 7)
     filled = torch.nn.functional.pad(attention.abs(), (0, 2, 0, 1))
     expected = torch.stack([torch.stack([part.mean() for part in row.split(3, -1)]) for row in filled[0, 0].split(3)])
-    assert_close(pool_blocks(attention, 3)[0, 0], expected)
+    assert_close(pool_attention(attention, 3)[0, 0], expected)
 
 
 def test_weights_are_formed_for_a_few_rows_at_a_time(monkeypatch):
@@ -105,4 +105,4 @@ def test_errors_say_what_to_do():
     with pytest.raises(InputError, match="impl is 'tiled'"):
         block_weights(query, key, 2, impl="tiled")
     with pytest.raises(InputError, match=r"space is \(5,\): it has 6 tokens there"):
-        pool_blocks(torch.zeros(1, 1, 6, 6), 2, space=(5,))
+        pool_attention(torch.zeros(1, 1, 6, 6), 2, space=(5,))

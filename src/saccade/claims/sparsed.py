@@ -17,7 +17,7 @@ from saccade.ops import (
     ReuseState,
     choosing_step,
     kept_blocks,
-    pool_blocks,
+    pool_attention,
     reuse_attention,
     select_block_share,
     select_blocks_by_weight,
@@ -96,7 +96,7 @@ def stable_attention_keeps_its_blocks() -> dict[str, str]:
 
     def choose() -> Tensor:
         weights = (logits + 0.05 * torch.randn_like(logits)).softmax(-1)
-        return select_block_share(pool_blocks(weights, 8), 0.3, query_block=8, key_block=8).pairs((256,))
+        return select_block_share(pool_attention(weights, 8), 0.3, query_block=8, key_block=8).pairs((256,))
 
     chosen, later = choose(), choose()
     steps = _overlap(chosen, later)
@@ -185,7 +185,7 @@ def _choose_blocks(attention: Tensor, block_size: int = 128, keep_ratio: float =
     """With the arguments of official code, whose view of tokens has every third of the first image and head."""
     queries, keys = attention.shape[2:]
     blocks: dict[str, Any] = {"query_block": block_size, "key_block": block_size, "key_size": (keys,), "ragged": True}
-    chosen = select_block_share(pool_blocks(attention, block_size), keep_ratio, **blocks)
+    chosen = select_block_share(pool_attention(attention, block_size), keep_ratio, **blocks)
     return {
         "mask": chosen.pairs((queries,)).byte(),
         "token_view": chosen.mask((queries,))[0, 0, ::3, ::3].byte(),

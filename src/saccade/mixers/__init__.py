@@ -18,11 +18,9 @@ from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
+from saccade.mixers.pyramid_sparse import PyramidSparseAttention
 from saccade.mixers.reused_blocks import ReusedBlocksAttention
 from saccade.mixers.routed import RoutedAttention
-from saccade.mixers.strip import StripAttention
-from saccade.mixers.top_k import TopKAttention
-from saccade.mixers.pyramid_sparse import PyramidSparseAttention
 from saccade.mixers.seer import SeerAttention
 from saccade.mixers.strip import StripAttention
 from saccade.mixers.top_k import TopKAttention
@@ -48,11 +46,9 @@ __all__ = [
     "OutlookAttention",
     "PatternAttention",
     "Pooling",
+    "PyramidSparseAttention",
     "ReusedBlocksAttention",
     "RoutedAttention",
-    "StripAttention",
-    "TopKAttention",
-    "PyramidSparseAttention",
     "SeerAttention",
     "StripAttention",
     "TopKAttention",

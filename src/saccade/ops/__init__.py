@@ -3,15 +3,15 @@
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.block_causal import BlockDiffusion, next_block_pattern
+from saccade.ops.block_map import block_map, block_map_divergence, pool_blocks, select_gated
 from saccade.ops.block_weights import (
     block_weights,
     kept_blocks,
-    pool_blocks,
+    pool_attention,
     select_block_share,
     select_blocks_by_weight,
 )
 from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
-from saccade.ops.block_map import block_map, block_map_divergence, pool_blocks, select_gated
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
@@ -124,9 +124,9 @@ __all__ = [
     "depth_scores",
     "dilated_windows",
     "draw_pattern",
+    "gilbert_order",
     "gumbel",
     "kept_blocks",
-    "gilbert_order",
     "merge_attention",
     "mixture_of_blocks",
     "next_block_pattern",
@@ -134,6 +134,7 @@ __all__ = [
     "outlook_attention_weights",
     "parallel_attention",
     "pattern_cost",
+    "pool_attention",
     "pool_blocks",
     "pyramid_attention",
     "pyramid_attention_weights",
@@ -143,8 +144,8 @@ __all__ = [
     "reorder",
     "resample_windows",
     "resampling_weights",
-    "reuse_attention",
     "restore",
+    "reuse_attention",
     "rotary_angles",
     "rotate",
     "route_regions",

@@ -8,7 +8,7 @@ from saccade.ops.check import check_attention, check_positive
 from saccade.ops.selection import Selection, block_order, num_blocks, select_top_k
 from saccade.ops.softmax_attention import attention_weights
 
-__all__ = ["block_weights", "kept_blocks", "pool_blocks", "select_block_share", "select_blocks_by_weight"]
+__all__ = ["block_weights", "kept_blocks", "pool_attention", "select_block_share", "select_blocks_by_weight"]
 
 Block = int | tuple[int, ...]
 ROWS = 512  # queries whose weights are formed at a time: enough to fill a matrix product
@@ -43,7 +43,7 @@ def block_weights(
     space, key_space = tuple(query.shape[2:-1]), tuple(key.shape[2:-1])
     if impl == "reference":
         weights = attention_weights(query.flatten(2, -2), key.flatten(2, -2), None, scale)
-        return pool_blocks(weights, block_size, space=space, key_space=key_space)
+        return pool_attention(weights, block_size, space=space, key_space=key_space)
     rows, columns = (block_order(axes, block_size, query.device) for axes in (space, key_space))
     # tokens in the order of their blocks; -1, past the end of the map, takes any token, which is then hidden
     queries, keys = (x.flatten(2, -2)[:, :, i.flatten()] for x, i in ((query, rows), (key, columns)))
@@ -57,7 +57,7 @@ def block_weights(
     return torch.cat(means, 2)
 
 
-def pool_blocks(
+def pool_attention(
     attention: Tensor,
     block_size: Block,
     *,
@@ -100,7 +100,7 @@ def select_block_share(scores: Tensor, keep: float, **blocks: int | tuple[int, .
     """Select for each row of scores (B, heads, T, S) the highest `kept_blocks(S, keep)`.
 
     Args:
-        scores: from `block_weights` or `pool_blocks`.
+        scores: from `block_weights` or `pool_attention`.
         keep: share of the key blocks.
         blocks: query_block, key_block, key_size and ragged of the `Selection`.
     """
