@@ -33,7 +33,10 @@ from saccade.ops.selection import Selection, block_order, select_mask
 __all__ = ["Complement", "ComposedPattern", "Intersection", "PerHead", "SelectionUnion", "Union"]
 
 OUTLIER = 4  # times the median of a tile's keys: queries that see more are computed in tiles of their own
-FULL = 0.75  # of the keys of a group's largest tile: tiles with fewer go to the next group
+FULL = 0.75  # of the keys, or queries, of a group's first tile: tiles with fewer go to the next group
+MOST_QUERIES = 1024  # in a tile, whose weights are held at once
+
+Tile = tuple[NDArray[np.int64], NDArray[np.int64]]  # the queries, and the keys that any of them sees
 
 
 class ComposedPattern(StaticPattern):
@@ -61,7 +64,7 @@ class ComposedPattern(StaticPattern):
         outliers = np.concatenate([queries[far] for queries, _, far in found])
         pieces = np.split(outliers, range(TILE_TOKENS, len(outliers), TILE_TOKENS)) if len(outliers) else []
         tiles = [*usual, *((piece, self._look(space, piece)[1]) for piece in pieces)]
-        groups = tuple(self._stack(space, group) for group in _group(tiles))
+        groups = tuple(self._stack(space, group) for group in _group(_join(tiles)))
         order = np.concatenate([group.query.flatten().numpy() for group in groups])
         return Plan(groups, plan_slots(order, prod(space)))
 
@@ -82,7 +85,7 @@ class ComposedPattern(StaticPattern):
         far = counts > OUTLIER * max(np.median(counts), TILE_TOKENS)
         return queries, candidates[seen[~far].any(0)] if not far.all() else candidates, far
 
-    def _stack(self, space: Space, tiles: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Tiles:
+    def _stack(self, space: Space, tiles: Sequence[Tile]) -> Tiles:
         """Tiles as one group: queries repeat their last one, keys are filled up with ones that nobody sees."""
         width, length = (max(1, *(len(numbers) for numbers in side)) for side in zip(*tiles, ([], [])))
         query = torch.from_numpy(
@@ -369,13 +372,27 @@ def _blocks(space: Space) -> list[NDArray[np.int64]]:
     return [tokens[tokens >= 0] for tokens in order]
 
 
-def _group(
-    tiles: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
-) -> list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-    """Tiles of about as many keys together, the largest first."""
-    groups: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = []
-    for tile in sorted(tiles, key=lambda tile: -len(tile[1])):
-        if not groups or len(tile[1]) < FULL * len(groups[-1][0][1]):
+def _join(tiles: Iterable[Tile]) -> list[Tile]:
+    """Tiles that look at the same keys as one, so that these are gathered once: blocks and documents have many."""
+    joined: dict[bytes, list[NDArray[np.int64]]] = {}
+    keys_of = {}
+    for queries, keys in tiles:
+        name = keys.tobytes()
+        keys_of[name] = keys
+        joined.setdefault(name, []).append(queries)
+    return [
+        (queries, keys_of[name])
+        for name, parts in joined.items()
+        for queries in np.array_split(np.concatenate(parts), -(-sum(map(len, parts)) // MOST_QUERIES))
+    ]
+
+
+def _group(tiles: Iterable[Tile]) -> list[list[Tile]]:
+    """Tiles of about as many keys and queries together, the largest first."""
+    groups: list[list[Tile]] = []
+    for tile in sorted(tiles, key=lambda tile: (-len(tile[1]), -len(tile[0]))):
+        first = groups[-1][0] if groups else None
+        if first is None or any(len(own) < FULL * len(most) for own, most in zip(tile, first)):
             groups.append([])
         groups[-1].append(tile)
     return groups
