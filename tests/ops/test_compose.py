@@ -275,3 +275,9 @@ def test_a_default_device_does_not_move_the_plans():
     with torch.device("meta"):
         plan = ((SlidingWindow(3) | Sinks(2)) & Causal() & Documents((5, 8))).plan((13,))
     assert plan.groups[0].key.device.type == "cpu"
+
+
+def test_sizes_are_found_on_the_meta_device():
+    query = torch.empty(2, 4, 13, 8, device="meta")
+    for pattern in (Window(4, ragged=True), (SlidingWindow(3) | Sinks(2)) & Causal(), PerHead([Causal()] * 4)):
+        assert sparse_attention(query, query, query, pattern).shape == query.shape

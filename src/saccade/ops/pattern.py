@@ -219,7 +219,8 @@ class StaticPattern(Pattern):
         self, space: Space, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> tuple[Tensor | None, ...]:
         """For each group (T, 1, Q, K), 0 where keys are visible and -inf elsewhere, cached likewise; None: all are."""
-        return tuple(_hidden(tiles.visible.unsqueeze(1), dtype) for tiles in self.plan(space, device).groups)
+        # looked at on the CPU: the device may be meta
+        return tuple(_hidden(tiles.visible.unsqueeze(1), dtype, device) for tiles in self.plan(space).groups)
 
     @constant(keep=True)
     def block_lists(self, space: Space, query_tile: int = 64, key_tile: int = 64) -> "BlockLists":
@@ -245,10 +246,10 @@ def token_distance(
     return np.stack([k[..., None, :] - q[..., None] for q, k in zip(rows, columns)])
 
 
-def _hidden(visible: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _hidden(visible: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
     if visible.all():
         return None
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf).to(device)
 
 
 class AxialPattern(StaticPattern):
