@@ -4,6 +4,7 @@
 writes the table of papers into the README.
 """
 
+import csv
 import inspect
 import os
 import pkgutil
@@ -20,15 +21,24 @@ from saccade.backbones import describe_model, list_models
 from saccade.claims import Claim, Listing, Paper, list_papers, load_paper, show_value
 from saccade.cli import COMMANDS, build_parser
 
-__all__ = ["command_page", "fill_readme", "floors", "network_table", "paper_pages", "reference_pages", "write_pages"]
+__all__ = [
+    "command_page",
+    "fill_readme",
+    "floors",
+    "kernel_table",
+    "network_table",
+    "paper_pages",
+    "reference_pages",
+    "write_pages",
+]
 
 ROOT = Path(__file__).parent.parent
 
 
 def write_pages(folder: Path) -> None:
     """Write all generated pages into `folder`; those that have not changed stay as they are, so Sphinx skips them."""
-    networks = {"parts/networks.md": network_table()}
-    wanted = {"parts/commands.md": command_page(), **networks, **reference_pages(), **paper_pages()}
+    tables = {"parts/networks.md": network_table(), "parts/kernels.md": kernel_table()}
+    wanted = {"parts/commands.md": command_page(), **tables, **reference_pages(), **paper_pages()}
     for old in folder.rglob("*.*"):
         if old.relative_to(folder).as_posix() not in wanted:
             old.unlink()
@@ -47,6 +57,39 @@ def command_page() -> str:
         text = re.sub(".\b", "", build_parser(name).format_help().strip())  # a letter and the backspace that hides it
         parts.append(f"(command-{name})=\n## saccade {name}\n\n{what}.\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+# The kernels
+
+
+def kernel_table() -> str:
+    """What `benchmarks/kernels.py` wrote on a GPU: for each pattern the speed-ups over dense attention."""
+    parts = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("kernels_*.csv")):
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        names = [name for name in rows[0] if f"{name}, both" in rows[0] and not name.startswith("SDPA")]
+        found = (
+            (
+                f"`{_bars(row['pattern'])}` on {row['map']}",
+                f"{float(row['bound']):.2f}",
+                *(_both(row, name) for name in names),
+            )
+            for row in rows
+        )
+        said = "speed-ups over torch's dense attention without a mask, forward / forward + backward"
+        parts.append(f"{rows[0]['device']}, {rows[0]['dtype']}, {said}:\n\n")
+        parts.append(_table(("pattern", "bound", *names), found))
+    return "\n".join(parts) or "No table has been written yet.\n"
+
+
+def _bars(text: str) -> str:
+    """As code in a table, where a bar would end the cell."""
+    return text.replace("|", "\\|")
+
+
+def _both(row: Mapping[str, str], name: str) -> str:
+    return f"{float(row[name]):.2f} / {float(row[f'{name}, both']):.2f}" if row[f"{name}, both"] else _plain(row[name])
 
 
 # The networks

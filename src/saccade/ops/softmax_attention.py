@@ -146,11 +146,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scal
     return AttentionResult((weights @ value.to(weights.dtype)).to(query.dtype), lse)
 
 
-def fused(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
+def fused(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float, *, causal: bool = False
+) -> Tensor:
     """The same without the log-sum-exp, by torch's scaled_dot_product_attention."""
     grouped = query.shape[-3] != key.shape[-3]
     added = None if added is None else added.to(query.dtype)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     # its strides are the device's choice: a graph whose views rely on them fails where attention is decomposed (ONNX)
     return out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
 

@@ -6,7 +6,10 @@
 | `tiled`     | tiles of queries x their regions | everything, memory linear in N; CPU and CUDA                     |
 | `triton`    | nothing but the result           | static patterns without bias; CUDA, half precision or float32    |
 | `flex`      | nothing but the result           | static patterns without bias; CUDA, and on the CPU forward alone |
-| `auto`      | `tiled`                          | every device, forward and backward                               |
+| `auto`      | on CUDA `triton`, else `tiled`   | every call; on CUDA `tiled` where `triton` does not serve it     |
+
+Under `auto` and `tiled` a pattern that hides nothing, and plain `Causal()`, are torch's dense attention. In a graph that
+is compiled or exported `auto` is `tiled`. The kernels of `triton` have no second derivative.
 """
 
 from functools import partial
@@ -22,10 +25,12 @@ from saccade.ops.pair_attention import attend_pairs
 from saccade.ops.pattern import Pattern, StaticPattern
 from saccade.ops.position_bias import PositionBias
 from saccade.ops.selection import Selection, token_slots
+from saccade.ops.sequence import Causal
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
 
+WIDEST = 256  # channels of a head that fit the registers of the Triton kernels
 IMPLS = ("auto", "tiled", "reference", "triton", "flex")
 
 
@@ -180,10 +185,20 @@ def _compute(
         return _by_kernel(query, key, value, pattern, space, bias, scale, need_lse, impl)
     if isinstance(pattern, Selection):
         return _selected(query, key, value, pattern, space, bias, scale, need_lse)
+    assert isinstance(pattern, StaticPattern)
     if bias is None and pattern.sees_all(space):
         return _dense(query, key, value, None, scale, need_lse)
-    assert isinstance(pattern, StaticPattern)
+    if bias is None and pattern == Causal() and not need_lse:
+        return AttentionResult(fused(query, key, value, None, scale, causal=True), query.new_empty(0))
+    if impl == "auto" and _kernels_serve(query, value, bias):
+        return _by_kernel(query, key, value, pattern, space, bias, scale, need_lse, "triton")
     return _tiled(query, key, value, pattern, space, bias, scale, need_lse)
+
+
+def _kernels_serve(query: Tensor, value: Tensor, bias: PositionBias | None) -> bool:
+    """Whether `auto` takes the Triton kernels."""
+    fits = max(query.shape[-1], value.shape[-1]) <= WIDEST and query.dtype != torch.float64
+    return query.is_cuda and bias is None and fits and not torch.compiler.is_compiling()
 
 
 def _by_kernel(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from saccade.ops.block_lists import BlockLists
 
@@ -35,8 +36,6 @@ def attend_blocks(
 
     Returns: (B, heads, N, E) in the dtype of the inputs, and its log-sum-exp (B, heads, N) in float32.
     """
-    if scale <= 0:  # the kernels take the maximum before they scale
-        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
     out, lse = _Attend.apply(query, key, value, scale, lists, transposed)
     return out, lse
 
@@ -62,6 +61,7 @@ class _Attend(Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable  # a second derivative is refused, not wrong
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         scale, lists, transposed = ctx.rest
@@ -143,13 +143,9 @@ def _store(pointer, tokens, stride, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _hide(logits, masks, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """-inf where the mask of that number says so, a bit an entry."""
-    row, column = number * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    if COLUMNS <= 64:
-        words = tl.load(masks + row)[:, None]
-    else:
-        words = tl.where(column[None, :] < 64, tl.load(masks + 2 * row)[:, None], tl.load(masks + 2 * row + 1)[:, None])
-    visible = (words >> (column[None, :] % 64).to(tl.int64)) & 1
+    """-inf where the mask of that number says so, a byte an entry: bits took more registers than they saved reads."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    visible = tl.load(masks + number * ROWS * COLUMNS + row[:, None] * COLUMNS + column[None, :])
     return tl.where(visible != 0, logits, float("-inf"))
 
 
@@ -163,12 +159,12 @@ def _forward_step(
     block = tl.load(blocks + entry)
     tokens = tl.load(key_tokens + block * K + tl.arange(0, K))
     k = _load(k_pointer, tokens, stride_kn, D, BLOCK_D)
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     if MASKED:
         logits = _hide(logits, masks, tl.load(mask + entry), Q, K)
-    new_top = tl.maximum(top, tl.max(logits, 1) * factor)
+    new_top = tl.maximum(top, tl.max(logits, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(logits * factor - safe[:, None])
+    weights = tl.exp2(logits - safe[:, None])
     shrink = tl.exp2(top - safe)
     total = total * shrink + tl.sum(weights, 1)
     v = _load(v_pointer, tokens, stride_vn, E, BLOCK_E)
@@ -213,10 +209,10 @@ def _forward(
 
 
 @triton.jit
-def _logits(a, b, masks, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+def _logits(a, b, factor, masks, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
             MASKED: tl.constexpr):  # fmt: skip
-    """a b^T, hidden where the mask says so."""
-    logits = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    """factor a b^T, hidden where the mask says so."""
+    logits = tl.dot(a, tl.trans(b), input_precision=PRECISION) * factor
     return _hide(logits, masks, number, ROWS, COLUMNS) if MASKED else logits
 
 
@@ -253,8 +249,8 @@ def _query_step(
     tokens = tl.load(key_tokens + tl.load(blocks + entry) * K + tl.arange(0, K))
     k = _load(k_pointer, tokens, stride_kn, D, BLOCK_D)
     v = _load(v_pointer, tokens, stride_vn, E, BLOCK_E)
-    logits = _logits(q, k, masks, tl.load(mask + entry), Q, K, PRECISION, MASKED)
-    weights = tl.exp2(logits * factor - sums[:, None])
+    logits = _logits(q, k, factor, masks, tl.load(mask + entry), Q, K, PRECISION, MASKED)
+    weights = tl.exp2(logits - sums[:, None])
     of_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     of_logits = weights * (of_weights - delta[:, None])
     return acc + tl.dot(of_logits.to(k.dtype), k, input_precision=PRECISION)
@@ -306,8 +302,8 @@ def _key_step(
     sums = _sums(lse, pair, rows, num_queries)
     delta = tl.load(delta_pointer + pair * num_queries + rows, mask=rows >= 0, other=0.0)
     # keys down, queries across: no product needs its weights turned around
-    logits = _logits(k, q, masks, tl.load(mask + entry), K, Q, PRECISION, MASKED)
-    weights = tl.exp2(logits * factor - sums[None, :])
+    logits = _logits(k, q, factor, masks, tl.load(mask + entry), K, Q, PRECISION, MASKED)
+    weights = tl.exp2(logits - sums[None, :])
     of_v += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
     of_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     of_logits = weights * (of_weights - delta[None, :])
