@@ -4,7 +4,6 @@ from ast import literal_eval
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.claims.framework import (
@@ -17,7 +16,7 @@ from saccade.claims.framework import (
     relative_difference,
     rounding,
 )
-from saccade.claims.framework.oracles import dense_attention, random_inputs
+from saccade.claims.framework.oracles import dense_attention, moving_photo, random_inputs
 from saccade.errors import InputError
 from saccade.measure import count_flops
 from saccade.mixers import MixtureOfBlocksAttention
@@ -179,7 +178,7 @@ def competing_within_a_head_loses_less() -> float:
     """On a photo moving by 4 pixels a frame (8 frames of 16 x 16 patches), with random projections to similar queries
     and keys, attention to equally many pairs differs less from full attention when they compete within a head: the
     relative error of query_head minus that of head_global."""
-    query, key, value = _moving_photo()
+    query, key, value = moving_photo()
     full = dense_attention(query, key, value)
     error = {
         scope: (
@@ -256,21 +255,3 @@ def _partitions(case: Case) -> dict[str, Tensor]:
             chunk = int(size * space[1] * space[2])
         outputs |= {f"partition{number}": order.int(), f"partition{number}_chunk": torch.tensor(chunk)}
     return outputs
-
-
-def _moving_photo() -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of 4 heads of 32 channels, (1, 4, 8, 16, 16, 32)."""
-    from sklearn.datasets import load_sample_image
-
-    photo = torch.from_numpy(load_sample_image("china.jpg").copy()).double().movedim(-1, 0) / 255
-    frames = torch.stack([photo[:, 100:228, 100 + 4 * t : 228 + 4 * t] for t in range(8)])
-    patches = frames.unflatten(3, (16, 8)).unflatten(2, (16, 8)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    patches = F.layer_norm(patches, patches.shape[-1:])
-    channels = patches.shape[-1]
-    to_query = torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
-    to_key = to_query + 0.5 * torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
-    to_value = torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
-    query, key, value = (
-        (patches @ matrix).unflatten(-1, (4, 32)).movedim(-2, 0).unsqueeze(0) for matrix in (to_query, to_key, to_value)
-    )
-    return query, key, value

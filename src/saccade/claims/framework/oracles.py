@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cut_windows", "dense_attention", "random_inputs"]
+__all__ = ["cut_windows", "dense_attention", "moving_photo", "random_inputs"]
 
 
 def random_inputs(*space: int, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,3 +24,22 @@ def dense_attention(
 def cut_windows(x: Tensor, size: int) -> Tensor:
     """(B, heads, H, W, D) to (B, heads, windows, size * size, D)."""
     return x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def moving_photo() -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a photo that moves by 4 pixels a frame, (1, 4, 8, 16, 16, 32): 8 frames of 16 x 16
+    patches under random projections, to similar queries and keys."""
+    from sklearn.datasets import load_sample_image
+
+    photo = torch.from_numpy(load_sample_image("china.jpg").copy()).double().movedim(-1, 0) / 255
+    frames = torch.stack([photo[:, 100:228, 100 + 4 * t : 228 + 4 * t] for t in range(8)])
+    patches = frames.unflatten(3, (16, 8)).unflatten(2, (16, 8)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    patches = F.layer_norm(patches, patches.shape[-1:])
+    channels = patches.shape[-1]
+    to_query = torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
+    to_key = to_query + 0.5 * torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
+    to_value = torch.randn(channels, 128, dtype=torch.float64) / channels**0.5
+    query, key, value = (
+        (patches @ matrix).unflatten(-1, (4, 32)).movedim(-2, 0).unsqueeze(0) for matrix in (to_query, to_key, to_value)
+    )
+    return query, key, value
