@@ -31,6 +31,7 @@ VARIANTS = {
     "neighborhood": [{"num_heads": 2, "stride": 2, "causal": (True, False)}],
     "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
     "pooling": [{"pool_size": 5}],
+    "reordered": [{"num_heads": 4, "block_size": 5, "density": 0.4, "qkv_bias": False, "scale": 0.3}],
     "reused_blocks": [{"num_heads": 2, "block_size": (3, 2), "keep": 0.5, "scale": 0.3, "choosing_scale": 0.7}],
     "routed": [
         {"num_heads": 2, "start": -4.5, "window": 2, "scale": 0.3, "pool_size": 3, "form": "sigmoid"},

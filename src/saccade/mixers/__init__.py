@@ -19,6 +19,7 @@ from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
 from saccade.mixers.pyramid_sparse import PyramidSparseAttention
+from saccade.mixers.reordered import ReorderedAttention
 from saccade.mixers.reused_blocks import ReusedBlocksAttention
 from saccade.mixers.routed import RoutedAttention
 from saccade.mixers.seer import SeerAttention
@@ -47,6 +48,7 @@ __all__ = [
     "PatternAttention",
     "Pooling",
     "PyramidSparseAttention",
+    "ReorderedAttention",
     "ReusedBlocksAttention",
     "RoutedAttention",
     "SeerAttention",

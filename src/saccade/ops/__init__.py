@@ -1,6 +1,13 @@
 """Operators: mathematics on tensors, without parameters."""
 
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
+from saccade.ops.axis_order import (
+    OrderChoice,
+    axis_orders,
+    block_incoherence,
+    choose_axis_order,
+    static_blocks,
+)
 from saccade.ops.bi_level_routing import region_scores, route_regions
 from saccade.ops.block_causal import BlockDiffusion, next_block_pattern
 from saccade.ops.block_map import block_map, block_map_divergence, pool_blocks, select_gated
@@ -44,6 +51,7 @@ from saccade.ops.pyramid import (
     pyramid_levels,
     similar_levels,
 )
+from saccade.ops.quantized_attention import quantize_blocks, quantized_attention
 from saccade.ops.rotary import rotary_angles, rotate
 from saccade.ops.selection import (
     Selection,
@@ -84,6 +92,7 @@ __all__ = [
     "Intersection",
     "MaskLayout",
     "Neighborhood",
+    "OrderChoice",
     "Pattern",
     "PerHead",
     "Plan",
@@ -108,7 +117,9 @@ __all__ = [
     "assign_spans",
     "attention_influence",
     "axis_order",
+    "axis_orders",
     "block_importance",
+    "block_incoherence",
     "block_map",
     "block_map_divergence",
     "block_means",
@@ -116,6 +127,7 @@ __all__ = [
     "build_mask",
     "channel_attention",
     "channel_attention_weights",
+    "choose_axis_order",
     "choose_blocks",
     "choose_plan",
     "choosing_step",
@@ -140,6 +152,8 @@ __all__ = [
     "pyramid_attention_weights",
     "pyramid_density",
     "pyramid_levels",
+    "quantize_blocks",
+    "quantized_attention",
     "region_scores",
     "reorder",
     "resample_windows",
@@ -163,6 +177,7 @@ __all__ = [
     "span_losses",
     "sparse_attention",
     "sparse_attention_weights",
+    "static_blocks",
     "straight_through",
     "sum_blocks",
     "tile_bound",
