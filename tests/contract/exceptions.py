@@ -15,6 +15,10 @@ VARIANTS = {
     "bi_level_routing": [{"num_heads": 2, "num_regions": 3, "topk": 2, "qk_dim": 4, "scale": 1.3, "lepe_size": 3}],
     "block_causal": [{"num_heads": 2, "block_size": 5, "prefix": 4, "hybrid": True}, {"block_size": 1, "scale": 0.3}],
     "channel": [{"num_heads": 2, "qkv_bias": False, "scale": 0.1}],
+    "chunked_history": [
+        {"num_heads": 2, "chunk_frames": 2, "block_size": 3, "frames": 1, "sparsity": 0.6, "base": 0.7, "scale": 0.4},
+        {"sink_frames": 0, "recent_frames": 2, "whole_chunk": True, "qkv_bias": False},
+    ],
     "depthwise_conv": [{"kernel_size": 3}],
     "elastic_span": [
         {"num_heads": 2, "rules": [ElasticSpan(1, 0.25, 2), ElasticSpan(-3, 1.0, 1)], "causal": True, "scale": 0.3},
@@ -54,6 +58,7 @@ VARIANTS = {
 NO_PREFIX = {
     "bi_level_routing": "a token outside the map belongs to no region",
     "block_causal": "a token that sees all and is seen by all would carry the future into the past",
+    "chunked_history": "a token that all see would tell early chunks of later ones",
     "depthwise_conv": "fixed local weights know no token outside the map",
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
     "fourier_filter": "a token outside the map has no place in its spectrum",
@@ -97,6 +102,7 @@ NO_SOFTMAX = {
 
 CHOOSES_ALL = {
     "bi_level_routing": {"topk": 1000},
+    "chunked_history": {"sparsity": 0.0, "base": 0.0},
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
     "reused_blocks": {"keep": 1.0},
     "top_k": {"share": 1.0, "dynamic": False},

@@ -10,6 +10,7 @@ from saccade.mixers.baselines import DepthwiseConv, Pooling
 from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
 from saccade.mixers.block_causal import BlockCausalAttention
 from saccade.mixers.channel import ChannelAttention
+from saccade.mixers.chunked_history import ChunkedHistoryAttention
 from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.fourier_filter import FourierFilter
@@ -34,6 +35,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "BlockCausalAttention",
     "ChannelAttention",
+    "ChunkedHistoryAttention",
     "DeformableLifting",
     "DepthwiseConv",
     "ElasticSpanAttention",

@@ -20,6 +20,7 @@ from saccade.ops.block_weights import (
 )
 from saccade.ops.catalogue import MASKS, MaskLayout, build_mask
 from saccade.ops.channel_attention import channel_attention, channel_attention_weights
+from saccade.ops.chunked_history import grow_sparsity, select_history
 from saccade.ops.compose import Complement, ComposedPattern, Intersection, PerHead, SelectionUnion, Union
 from saccade.ops.cost import Cost, pattern_cost
 from saccade.ops.deformable_attention_3d import (
@@ -137,6 +138,7 @@ __all__ = [
     "dilated_windows",
     "draw_pattern",
     "gilbert_order",
+    "grow_sparsity",
     "gumbel",
     "kept_blocks",
     "merge_attention",
@@ -166,6 +168,7 @@ __all__ = [
     "select_block_share",
     "select_blocks_by_weight",
     "select_gated",
+    "select_history",
     "select_mask",
     "select_mass",
     "select_similarity_mass",
