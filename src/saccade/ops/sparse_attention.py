@@ -8,8 +8,8 @@
 | `flex`      | nothing but the result           | static patterns without bias; CUDA, and on the CPU forward alone |
 | `auto`      | on CUDA `triton`, else `tiled`   | every call; on CUDA `tiled` where `triton` does not serve it     |
 
-Under `auto` and `tiled` a pattern that hides nothing, and plain `Causal()`, are torch's dense attention. In a graph that
-is compiled or exported `auto` is `tiled`. The kernels of `triton` have no second derivative.
+Under `auto` and `tiled` a pattern that hides nothing, and plain `Causal()`, are torch's dense attention. In a graph
+that is compiled or exported `auto` is `tiled`. The kernels of `triton` have no second derivative.
 """
 
 from functools import partial
