@@ -141,11 +141,12 @@ def without_overlap_each_window_is_a_product() -> float:
 @claim("property", {"values": (5, 5), "matrices": (3, 3)}, source=LAYER)
 def receptive_field() -> dict[str, tuple[int, int]]:
     """With K = 3 and stride 1 an output depends on 5 x 5 tokens through the values and on 3 x 3 through the matrices:
-    rows and columns that the gradient reaches when the other path is cut."""
+    rows and columns that the gradient reaches when the other projection returns what it would of another map."""
     reached = {}
     for path, cut in [("values", "attn"), ("matrices", "v")]:
         layer, x = _layer(), _random_map(9, 9).requires_grad_()
-        nn.init.zeros_(getattr(layer, cut).weight)
+        other = getattr(layer, cut)(_random_map(9, 9)).detach()
+        getattr(layer, cut).register_forward_hook(lambda *_, other=other: other)
         (grad,) = torch.autograd.grad(layer(x)[0, 4, 4].sum(), x)
         seen = grad[0].abs().amax(-1) > 0
         rows, columns = (int(seen.any(axis).sum()) for axis in (1, 0))

@@ -33,7 +33,7 @@ from saccade.ops.selection import Selection, block_order, select_mask
 __all__ = ["Complement", "ComposedPattern", "Intersection", "PerHead", "SelectionUnion", "Union"]
 
 OUTLIER = 4  # times the median of a tile's keys: queries that see more are computed in tiles of their own
-FULL = 0.75  # of the keys, or queries, of a group's first tile: tiles with fewer go to the next group
+FULL = 0.8  # of the pairs of a group's first tile: tiles with fewer begin the next group
 MOST_QUERIES = 1024  # in a tile, whose weights are held at once
 
 Tile = tuple[NDArray[np.int64], NDArray[np.int64]]  # the queries, and the keys that any of them sees
@@ -390,9 +390,11 @@ def _join(tiles: Iterable[Tile]) -> list[Tile]:
 def _group(tiles: Iterable[Tile]) -> list[list[Tile]]:
     """Tiles of about as many keys and queries together, the largest first."""
     groups: list[list[Tile]] = []
-    for tile in sorted(tiles, key=lambda tile: (-len(tile[1]), -len(tile[0]))):
-        first = groups[-1][0] if groups else None
-        if first is None or any(len(own) < FULL * len(most) for own, most in zip(tile, first)):
+    most = 0
+    for tile in sorted(tiles, key=lambda tile: (-len(tile[0]), -len(tile[1]))):
+        pairs = len(tile[0]) * len(tile[1])
+        if not groups or pairs < FULL * most or len(tile[1]) > len(groups[-1][0][1]):
             groups.append([])
+            most = pairs
         groups[-1].append(tile)
     return groups
