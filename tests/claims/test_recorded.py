@@ -36,6 +36,7 @@ def make_case(tensors, **fields):
         ("qk_scale None, eps 1e-6, ratio 0.33, low -1", {"qk_scale": None, "eps": 1e-6, "ratio": 0.33, "low": -1}),
         ("mode 'bilinear', path \"a b\"", {"mode": "bilinear", "path": "a b"}),
         ("dim=8, heads = 2", {"dim": 8, "heads": 2}),
+        ("hidden 20 (internally int(2*20/3) = 13), x called with H=6", {"hidden": 20, "H": 6}),
         ("see cases", {}),
         ("dim 8, class token first, dims 12 18 24, x 2x9x8", {"dim": 8}),
         ({"dim": 8, "kernel_size": [3, 5], "nested": [[1, 2], [3]]}, {"dim": 8, "kernel_size": (3, 5)}),

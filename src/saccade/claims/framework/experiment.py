@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from saccade.data import load_images
 
-__all__ = ["Block", "train_on_digits"]
+__all__ = ["Block", "load_digits", "train_on_digits"]
 
 
 class Block(nn.Module):
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class _Pixels(nn.Module):
-    """Pixels (B, H, W, 1) to tokens with a learned position, blocks, mean over the map, ten classes."""
+    """Pixels (B, 1, H, W) to tokens with a learned position, blocks, mean over the map, ten classes."""
 
     def __init__(self, make_mixer: Callable[[int], nn.Module], side: int, dim: int, depth: int) -> None:
         super().__init__()
@@ -58,8 +58,7 @@ def train_on_digits(
         depth: blocks.
         epochs: over the training images.
     """
-    data = load_images("digits", image_size=side)
-    (train, labels), (val, truth) = (_as_tensors(part) for part in (data.train, data.val))
+    (train, labels), (val, truth) = load_digits(side)
     model = _Pixels(make_mixer, side, dim, depth)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     steps = epochs * -(-len(train) // 64)
@@ -75,7 +74,12 @@ def train_on_digits(
         return (model.eval()(val).argmax(-1) == truth).double().mean().item()
 
 
+def load_digits(side: int) -> list[tuple[Tensor, Tensor]]:
+    """Grey images (N, 1, side, side) in [-1, 1] and labels (N,): 1438 digits to train with, and the other 359."""
+    data = load_images("digits", image_size=side)
+    return [_as_tensors(part) for part in (data.train, data.val)]
+
+
 def _as_tensors(part: torch.utils.data.Dataset) -> tuple[Tensor, Tensor]:
-    """Grey images (N, H, W, 1) in [-1, 1], and labels (N,)."""
     images, labels = zip(*(part[index] for index in range(len(part))))  # type: ignore[arg-type]
     return torch.stack(images)[:, :1] / 127.5 - 1, torch.tensor(labels)

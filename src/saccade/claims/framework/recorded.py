@@ -113,7 +113,10 @@ def parse_args(args: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(args, Mapping):
         return {name: _as_tuple(value) for name, value in args.items()}
     found: dict[str, Any] = {}
-    without_remarks = re.sub(r"\([^()]*\)", lambda group: group[0] if _is_literal(group[0]) else "", args)
+    without_remarks, before = args, ""
+    while without_remarks != before:  # remarks inside remarks
+        before = without_remarks
+        without_remarks = re.sub(r"\([^()]*\)", lambda group: group[0] if _is_literal(group[0]) else "", before)
     for names, value in _PAIR.findall(without_remarks):
         if _is_literal(value):
             found |= dict.fromkeys(re.findall(r"\w+", names), _as_tuple(ast.literal_eval(value)))
