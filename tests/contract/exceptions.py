@@ -11,6 +11,7 @@ NO_PLAN = {
 
 VARIANTS = {
     "agent": [{"num_heads": 2, "num_agents": 4, "size": (9, 7)}, {"num_agents": 9, "size": 6, "sr_ratio": 2}],
+    "aggregated": [{"num_heads": 2, "pool_size": (2, 1), "window_size": (1, 3), "pretrain_size": 4, "qkv_bias": False}],
     "attention": [{"num_heads": 4, "qkv_bias": False, "scale": 0.3}],
     "bi_level_routing": [{"num_heads": 2, "num_regions": 3, "topk": 2, "qk_dim": 4, "scale": 1.3, "lepe_size": 3}],
     "block_causal": [{"num_heads": 2, "block_size": 5, "prefix": 4, "hybrid": True}, {"block_size": 1, "scale": 0.3}],
@@ -28,6 +29,7 @@ VARIANTS = {
     "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
     "grid": [{"num_heads": 2, "position_bias": False}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
+    "length_scaled": [{"num_heads": 2, "pretrain_size": (5, 7), "qkv_bias": False}],
     "mixture_of_blocks": [
         {"num_heads": 2, "layer": 1, "block_size": 3, "topk": 2, "scope": "query"},
         {"scope": "block"},
@@ -56,6 +58,7 @@ VARIANTS = {
 """Options to try besides the defaults. Mixers without a row are tried with their defaults alone."""
 
 NO_PREFIX = {
+    "aggregated": "a token outside the map is in no window and no pooled cell",
     "bi_level_routing": "a token outside the map belongs to no region",
     "block_causal": "a token that sees all and is seen by all would carry the future into the past",
     "chunked_history": "a token that all see would tell early chunks of later ones",
@@ -63,6 +66,7 @@ NO_PREFIX = {
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
     "fourier_filter": "a token outside the map has no place in its spectrum",
     "halo": "HaloNet has no class token, and its padded keys leave no place for one",
+    "length_scaled": "its position bias is made of places of the map",
     "outlook": "its matrices are made for windows, and a class token is in none",
     "mixture_of_blocks": "a token outside the map belongs to no block",
     "pooling": "an average over neighbours knows no token outside the map",
@@ -76,7 +80,9 @@ NO_PREFIX = {
 }
 """Mixers that refuse prefix tokens."""
 
-PREFIX_OPTION = {"agent": "num_prefix: the biases between agents and class tokens are learned"}
+PREFIX_OPTION = {
+    "agent": "num_prefix: the biases between agents and class tokens are learned",
+}
 """Mixers that must be built for the number of prefix tokens that they are given."""
 
 IMAGES_ONLY = {
@@ -93,6 +99,7 @@ AVERAGED = dict.fromkeys(
 """Mixers whose token matrix is a mean over channels, which no single channel follows."""
 
 NO_SOFTMAX = {
+    "aggregated": "the query adds weights of its own to the values of the window",
     "halo": "what falls on the zeros around the map is left out, so rows sum to less than 1 at the border",
     "outlook": "windows are summed where they overlap, and what falls on the zeros around the map is left out",
     "pooling": "the token is subtracted from the average: rows sum to 0",
@@ -112,6 +119,7 @@ CHOOSES_ALL = {
 """Mixers that choose by scores, which a rounding may turn around: options with which nothing is left to choose."""
 
 TAUGHT_APART = {
+    "length_scaled": ("cpb_fc2.bias", "added to all logits of a head, it is lost in the softmax"),
     "routed": ("router.", "its decisions are hard in evaluation; tests/contract/test_gates.py trains it"),
     "seer": ("gate.", "it chooses, and learns from a loss of its own, `distill`"),
 }

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import saccade
 from saccade.errors import InputError
 from saccade.mixers import ChannelAttention, PatternAttention, create_mixer
-from saccade.ops import RelativeTable, channel_attention
+from saccade.ops import RelativeTable, SlidingWindow, channel_attention
 from tests.contract.exceptions import AVERAGED, NO_PREFIX, NO_SOFTMAX, PREFIX_OPTION
 from tests.contract.mixers import CASES, DIM, make_input, make_mixer, show
 
@@ -56,6 +56,23 @@ def finish_bi_level_routing(mixer, x, attention):
     return mixer.proj((attention @ by_head).transpose(1, 2).flatten(2).view_as(x) + detail)
 
 
+def finish_aggregated(mixer, x, attention):
+    """Shares of cells are found outside a query's window, where the matrix has nothing else."""
+    space = x.shape[1:-1]
+    cells, rows = mixer.cells(space), torch.eye(space.numel(), dtype=x.dtype)
+    spread = F.adaptive_avg_pool2d(rows.view(-1, 1, *space), cells).flatten(1).T  # (P, N)
+    reach = tuple(size // 2 for size in mixer.window_size)
+    far = ~SlidingWindow(reach, reach).mask(space)
+    found = torch.linalg.pinv(spread * far.unsqueeze(1))  # (N, M, P)
+    shares = torch.einsum("bhnm,nmp->bhnp", attention * far, found)
+    values = [
+        mixer.kv(part).chunk(2, -1)[1].flatten(1, 2).unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2)
+        for part in (x, mixer.pool(x, cells))
+    ]
+    mixed = (attention - shares @ spread) @ values[0] + shares @ values[1]
+    return mixer.proj(mixed.transpose(1, 2).flatten(2)).view_as(x)
+
+
 def finish_outlook(mixer, x, attention):
     value = mixer.v(x.flatten(1, 2)).unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2)
     return mixer.proj((attention @ value).transpose(1, 2).flatten(2).view_as(x))
@@ -95,6 +112,7 @@ def finish_pooling(mixer, x, attention):
 
 
 FINISH = {
+    "aggregated": finish_aggregated,
     "agent": finish_agent,
     "bi_level_routing": finish_bi_level_routing,
     "factorized": finish_factorized,

@@ -19,6 +19,7 @@ from saccade.backbones.dynamic_aggregation import (
     FrequencyRefinement,
     SpatialGatedUnit,
 )
+from saccade.backbones.feed_forward import ConvolutionalGLU
 from saccade.backbones.halonet import HaloNet
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
@@ -29,6 +30,7 @@ from saccade.errors import InputError, check_choice, nearest
 
 __all__ = [
     "Backbone",
+    "ConvolutionalGLU",
     "DualPathShuffle",
     "DynamicAggregation",
     "DynamicFusionBlock",

@@ -5,6 +5,7 @@ from typing import Any
 
 from saccade.errors import check_choice
 from saccade.mixers.agent import AgentAttention
+from saccade.mixers.aggregated import AggregatedAttention, LengthScaledAttention
 from saccade.mixers.attention import Attention, GridAttention, NeighborhoodAttention, PatternAttention, WindowAttention
 from saccade.mixers.baselines import DepthwiseConv, Pooling
 from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
@@ -31,6 +32,7 @@ from saccade.registry import build, buildable, describe
 
 __all__ = [
     "AgentAttention",
+    "AggregatedAttention",
     "Attention",
     "BiLevelRoutingAttention",
     "BlockCausalAttention",
@@ -43,6 +45,7 @@ __all__ = [
     "FourierFilter",
     "GridAttention",
     "HaloAttention",
+    "LengthScaledAttention",
     "Mixer",
     "MixtureOfBlocksAttention",
     "NeighborhoodAttention",

@@ -1,6 +1,12 @@
 """Operators: mathematics on tensors, without parameters."""
 
 from saccade.ops.agent_attention import agent_attention, agent_attention_weights
+from saccade.ops.aggregated_attention import (
+    aggregated_attention,
+    aggregated_attention_weights,
+    pooled_coordinates,
+    window_lengths,
+)
 from saccade.ops.axis_order import (
     OrderChoice,
     axis_orders,
@@ -115,6 +121,8 @@ __all__ = [
     "Window",
     "agent_attention",
     "agent_attention_weights",
+    "aggregated_attention",
+    "aggregated_attention_weights",
     "assign_spans",
     "attention_influence",
     "axis_order",
@@ -150,6 +158,7 @@ __all__ = [
     "pattern_cost",
     "pool_attention",
     "pool_blocks",
+    "pooled_coordinates",
     "pyramid_attention",
     "pyramid_attention_weights",
     "pyramid_density",
@@ -188,4 +197,5 @@ __all__ = [
     "top_k_attention",
     "top_k_attention_weights",
     "upsample_nearest",
+    "window_lengths",
 ]
