@@ -30,6 +30,10 @@ VARIANTS = {
     "grid": [{"num_heads": 2, "position_bias": False}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
     "length_scaled": [{"num_heads": 2, "pretrain_size": (5, 7), "qkv_bias": False}],
+    "low_rank_connectivity": [
+        {"num_heads": 2, "size": (9, 7), "keep_rate": 0.4, "topk": 3, "share_basis": True, "qkv_bias": False},
+        {"size": 6, "reduce_n": 4, "coefficient_threshold": 0.1, "basis_threshold": 0.1, "threshold": 0.02},
+    ],
     "mixture_of_blocks": [
         {"num_heads": 2, "layer": 1, "block_size": 3, "topk": 2, "scope": "query"},
         {"scope": "block"},
@@ -82,6 +86,7 @@ NO_PREFIX = {
 
 PREFIX_OPTION = {
     "agent": "num_prefix: the biases between agents and class tokens are learned",
+    "low_rank_connectivity": "num_prefix: the bases of its guess have a row for each token",
 }
 """Mixers that must be built for the number of prefix tokens that they are given."""
 
@@ -110,6 +115,7 @@ NO_SOFTMAX = {
 CHOOSES_ALL = {
     "bi_level_routing": {"topk": 1000},
     "chunked_history": {"sparsity": 0.0, "base": 0.0},
+    "low_rank_connectivity": {"keep_rate": 1.0, "threshold": None},
     "mixture_of_blocks": {"topk": 1000, "scope": "query"},
     "reused_blocks": {"keep": 1.0},
     "top_k": {"share": 1.0, "dynamic": False},
@@ -120,6 +126,7 @@ CHOOSES_ALL = {
 
 TAUGHT_APART = {
     "length_scaled": ("cpb_fc2.bias", "added to all logits of a head, it is lost in the softmax"),
+    "low_rank_connectivity": ("mask_predictor.", "choosing is not differentiable: a loss on the guess trains it"),
     "routed": ("router.", "its decisions are hard in evaluation; tests/contract/test_gates.py trains it"),
     "seer": ("gate.", "it chooses, and learns from a loss of its own, `distill`"),
 }

@@ -17,6 +17,7 @@ from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.halo import HaloAttention
 from saccade.mixers.lifting import DeformableLifting
+from saccade.mixers.low_rank_connectivity import LowRankConnectivityAttention
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
 from saccade.mixers.outlook import OutlookAttention
@@ -46,6 +47,7 @@ __all__ = [
     "GridAttention",
     "HaloAttention",
     "LengthScaledAttention",
+    "LowRankConnectivityAttention",
     "Mixer",
     "MixtureOfBlocksAttention",
     "NeighborhoodAttention",

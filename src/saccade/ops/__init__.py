@@ -44,6 +44,7 @@ from saccade.ops.elastic_span import (
     span_losses,
     sum_blocks,
 )
+from saccade.ops.low_rank_connectivity import Connectivity, predict_connectivity
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
 from saccade.ops.outlook_attention import outlook_attention, outlook_attention_weights
@@ -89,6 +90,7 @@ __all__ = [
     "Causal",
     "Complement",
     "ComposedPattern",
+    "Connectivity",
     "Cost",
     "Documents",
     "ElasticSpan",
@@ -159,6 +161,7 @@ __all__ = [
     "pool_attention",
     "pool_blocks",
     "pooled_coordinates",
+    "predict_connectivity",
     "pyramid_attention",
     "pyramid_attention_weights",
     "pyramid_density",
