@@ -9,9 +9,8 @@ visited tiles; FlexAttention runs with its own block mask over tokens in row-maj
 
 import argparse
 import csv
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,20 +33,19 @@ from saccade.ops.block_lists import kernel_lists, tile_shape
 
 HEADS, HEAD_DIM = 16, 64
 CASES: list[tuple[Pattern, tuple[int, ...]]] = [
-    (Neighborhood(16), (64, 64)),
-    (Neighborhood(32), (128, 128)),
-    (Neighborhood((8, 12, 12)), (16, 32, 32)),
+    (Global(), (64, 64)),
     (Causal(), (4096,)),
+    (Neighborhood(16), (64, 64)),
+    (Neighborhood(16, stride=8), (64, 64)),
+    (Window(8), (64, 64)),
+    (Neighborhood(32), (128, 128)),
+    (Neighborhood(32, stride=8), (128, 128)),
+    (Neighborhood(16, dilation=2), (128, 128)),
+    (Neighborhood((8, 12, 12)), (16, 32, 32)),
     (Neighborhood((8, 12, 12), stride=4), (16, 32, 32)),
     ((SlidingWindow(1024) | Sinks(64)) & Causal(), (16384,)),
-    (Neighborhood(32, stride=8), (128, 128)),
     (Causal() & Documents((1000, 5000, 3000, 7384)), (16384,)),
-    (Window(8), (64, 64)),
-    (Neighborhood(16, dilation=2), (128, 128)),
-    (Neighborhood(16, stride=8), (64, 64)),
-    (Global(), (64, 64)),
 ]
-IMPLS = ("triton", "flex", "tiled", "FlexAttention")
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -84,9 +82,7 @@ def row_major_flex(pattern: Pattern, space: tuple[int, ...]) -> Callable[..., Te
     return lambda q, k, v: compiled(q.flatten(2, -2), k.flatten(2, -2), v.flatten(2, -2), block_mask=block_mask)
 
 
-def measure(
-    pattern: Pattern, space: tuple[int, ...], batch: int, dtype: torch.dtype, impls: Sequence[str]
-) -> dict[str, Any]:
+def measure(pattern: Pattern, space: tuple[int, ...], batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """One row."""
     inputs = [torch.randn(batch, HEADS, *space, HEAD_DIM, device="cuda", dtype=dtype) for _ in range(3)]
     flat = [x.flatten(2, -2) for x in inputs]
@@ -103,11 +99,9 @@ def measure(
     row |= {"SDPA ms": dense[0], "SDPA ms, both": dense[1]}
     calls: dict[str, Callable[..., Tensor]] = {
         impl: lambda q, k, v, impl=impl: sparse_attention(q, k, v, pattern, impl=impl)
-        for impl in impls
-        if impl != "FlexAttention"
+        for impl in ("triton", "flex", "tiled")
     }
-    if "FlexAttention" in impls:
-        calls["FlexAttention"] = row_major_flex(pattern, space)
+    calls["FlexAttention"] = row_major_flex(pattern, space)
     expected = sparse_attention(*inputs, pattern, impl="triton").flatten(2, -2)
     for name, attend in calls.items():
         torch.compiler.reset()  # each with the whole of the compiler's limit of variants
@@ -134,10 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of a batch")
-    parser.add_argument(
-        "--impls", nargs="+", default=IMPLS, choices=IMPLS, help="what to time; FlexAttention is theirs"
-    )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many seconds")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the rows to run")
     parser.add_argument("--csv", help="write the table here too")
     args = parser.parse_args()
     device = torch.cuda.get_device_name()
@@ -145,21 +136,22 @@ def main() -> None:
         f"{device}, torch {torch.__version__}, {args.dtype}, {HEADS} heads x {HEAD_DIM}, {args.tokens} tokens a batch"
     )
     print("speed-up over dense SDPA without a mask, forward / forward + backward")
-    start, rows = time.monotonic(), []
-    for pattern, space in CASES:
-        if time.monotonic() - start > args.seconds:
-            break
+    rows = []
+    for number, (pattern, space) in enumerate(CASES):
+        if args.only and number not in args.only:
+            continue
         batch = max(1, args.tokens // torch.Size(space).numel())
-        row = measure(pattern, space, batch, getattr(torch, args.dtype), args.impls)
+        row = measure(pattern, space, batch, getattr(torch, args.dtype))
         rows.append({"device": device, "dtype": args.dtype, **row})
-        shown = " | ".join(f"{name} {show(row, name)}" for name in args.impls)
+        names = ("triton", "flex", "tiled", "FlexAttention")
+        shown = " | ".join(f"{name} {show(row, name)}" for name in names)
         bound = f"bound {row['bound']:.2f} at {row['queries a tile']} (FLOPs {row['bound by FLOPs']:.2f})"
         print(f"{row['pattern']} on {row['map']}: {bound} | {shown}", flush=True)
-        if args.csv:
-            with open(args.csv, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
