@@ -16,7 +16,6 @@ KEYS = claimed_keys()
 CLAIMS = [(key, claim) for key in KEYS for claim in load_paper(key).claims]
 KNOWN_FAILURES = {
     ("efficient_dlm", "clean blocks change the weights less"): "two-sided attention learns less in so few steps",
-    ("fna", "fused attention stores no weights"): "the tiled engine keeps what it gathered for its backward pass",
     ("seer", "products of means lose less than random blocks"): "means hide the token that stands out",
     ("volo", "digits from windows"): "fixed kernels suit small digits better",
 }

@@ -32,6 +32,11 @@ def unfold_plan(plan, num_queries, num_keys, values):
     return dense, count
 
 
+def of_tiles(each, kind):
+    """Entries of all tiles from those of their kinds."""
+    return each if kind is None or len(each) == 1 else each[kind]
+
+
 def check_pattern(pattern, space):
     mask, keys = pattern.mask(space), pattern.key_space(space)
     num_queries, num_keys = torch.Size(space).numel(), torch.Size(keys).numel()
@@ -40,17 +45,21 @@ def check_pattern(pattern, space):
     assert pattern.sees_all(space) == mask.all()
     assert pattern.num_visible(space) == mask.sum()
 
-    offset, per_tile = pattern.offset(space), pattern.plan_offset(space)
+    offset, (regions, _) = pattern.offset(space), pattern.plan_regions(space, True, torch.float64)
     assert offset.shape == (len(space), *mask.shape)
     plan = pattern.plan(space)
     for axis, along in enumerate(offset):
-        dense, count = unfold_plan(plan, num_queries, num_keys, [group[axis] for group in per_tile])
+        dense, count = unfold_plan(
+            plan, num_queries, num_keys, [of_tiles(region.offset[axis], region.kind) for region in regions]
+        )
         assert torch.equal(count, mask.long())  # each visible pair once, nothing else
         assert torch.equal(dense, along * mask)
 
-    for tiles, hidden in zip(plan.groups, pattern.plan_hidden(space, torch.float64)):
-        seen = torch.ones_like(tiles.visible) if hidden is None else hidden.squeeze(1).exp().bool()
-        assert torch.equal(seen, tiles.visible)
+    for tiles, region in zip(plan.groups, regions):
+        assert torch.equal(region.query, tiles.query)
+        assert torch.equal(region.key, tiles.key)
+        hidden = torch.zeros(1, 1, 1, 1) if region.hidden is None else of_tiles(region.hidden, region.kind)
+        assert (hidden.squeeze(1).exp().bool() == tiles.visible).all()
 
     queries, keys = torch.arange(num_queries), torch.arange(num_keys)
     assert torch.equal(pattern.sees(space, queries[:, None], keys), mask)

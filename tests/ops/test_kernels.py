@@ -1,6 +1,6 @@
 """The Triton kernels on Triton's interpreter, and FlexAttention on the CPU, are the reference; what they refuse."""
 
-import sys
+import importlib
 import warnings
 
 import pytest
@@ -32,7 +32,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.fixture
 def interpreted(monkeypatch):
     """Small tiles: tests/conftest.py has Triton interpret its kernels, number by number, where there is no device."""
-    module = sys.modules["saccade.ops.block_lists"]
+    module = importlib.import_module("saccade.ops.block_lists")
     monkeypatch.setattr(module, "QUERY_TILES", (16, 32))
     monkeypatch.setattr(module, "KEY_TILE", 16)
     if torch.cuda.is_available():

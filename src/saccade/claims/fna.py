@@ -22,7 +22,6 @@ PAPER = Paper(
     "a gather and a scatter, then fused, with tiles of the data's rank and an online softmax. Causal axes and "
     "parameters for each axis get their meaning here.",
     home=("saccade.ops.Neighborhood", "saccade.mixers.NeighborhoodAttention", "saccade.ops.sparse_attention"),
-    missing=("a fused kernel, which keeps no gathered keys for its backward pass",),
     differences=(
         "The recorded cases come from NATTEN's FlexAttention back end, which computes the same as its kernels.",
         "Relative position biases, which NATTEN's fused kernels drop, are served by our tiled engine.",
@@ -64,8 +63,6 @@ def unfused_attention_stores_its_weights() -> float:
     1.0,
     at_most(1.1, "alignment and masks"),
     source="memory of fused kernels",
-    guess="the tiled engine keeps the keys and values that it gathered, (T + w - 1)^2 for a tile of T^2 queries; it "
-    "would have to gather them again in its backward pass, as the fused kernel does",
 )
 def fused_attention_stores_no_weights() -> float:
     """Fused attention saves outputs and log-sum-exps alone, whatever the window: w = 11 over w = 3, tiled engine."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from saccade.ops.block_lists import BlockLists
     from saccade.ops.cost import Cost
 
-__all__ = ["AxialPattern", "Pattern", "Plan", "Ranges", "StaticPattern", "Tiles"]
+__all__ = ["AxialPattern", "Pattern", "Plan", "Ranges", "Region", "StaticPattern", "Tiles"]
 
 Space = tuple[int, ...]
 SMALLEST_BLOCK = 4  # queries an axis; blocks smaller than that are computed as if every query saw something else
@@ -97,6 +97,24 @@ class Plan(NamedTuple):
 
     groups: tuple[Tiles, ...]
     slot: Tensor | None
+
+
+class Region(NamedTuple):
+    """A group of tiles as the engine computes it. The tiles are of U kinds, which differ in what is visible, or where.
+
+    Attributes:
+        query: (T, Q), as in `Tiles`.
+        key: (T, K), likewise.
+        hidden: (U | 1, 1, Q | 1, K), 0 where a key is visible and -inf elsewhere; None: all are visible.
+        offset: (axes, U | 1, Q, K), for a bias.
+        kind: (T,) the kind of each tile; None: U is 1, or each tile is of its own.
+    """
+
+    query: Tensor
+    key: Tensor
+    hidden: Tensor | None
+    offset: Tensor | None = None
+    kind: Tensor | None = None
 
 
 class Pattern(ABC):
@@ -210,17 +228,18 @@ class StaticPattern(Pattern):
         return Plan(moved, None if slot is None else slot.to(device))
 
     @constant(keep=True)
-    def plan_offset(self, space: Space, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        """For each group (axes, T, Q, K), the offsets of its tiles, cached likewise."""
-        return tuple(offset.to(device) for offset in self.build_plan_offset(space))
-
-    @constant(keep=True)
-    def plan_hidden(
-        self, space: Space, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor | None, ...]:
-        """For each group (T, 1, Q, K), 0 where keys are visible and -inf elsewhere, cached likewise; None: all are."""
-        # looked at on the CPU: the device may be meta
-        return tuple(_hidden(tiles.visible.unsqueeze(1), dtype, device) for tiles in self.plan(space).groups)
+    def plan_regions(
+        self, space: Space, with_offset: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[Region, ...], Tensor | None]:
+        """The plan as the engine computes it: its groups, with `hidden` in `dtype`, and its slots, cached likewise."""
+        groups, slot = self.plan(space)
+        offsets = self.build_plan_offset(space) if with_offset else (None,) * len(groups)
+        regions = (_region(tiles, offset, dtype) for tiles, offset in zip(groups, offsets))
+        moved = tuple(
+            Region(*(None if x is None else x.to(device) for x in region))  # type: ignore[arg-type]
+            for region in regions
+        )
+        return moved, None if slot is None else slot.to(device)
 
     @constant(keep=True)
     def block_lists(self, space: Space, query_tile: int = 64, key_tile: int = 64) -> "BlockLists":
@@ -246,10 +265,21 @@ def token_distance(
     return np.stack([k[..., None, :] - q[..., None] for q, k in zip(rows, columns)])
 
 
-def _hidden(visible: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
-    if visible.all():
-        return None
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf).to(device)
+def _region(tiles: Tiles, offset: Tensor | None, dtype: torch.dtype) -> Region:
+    """Tiles of one kind share what is hidden and the offsets: inside a map most are of one."""
+    visible, kind = tiles.visible, None
+    varying = [x for x in (visible.unsqueeze(0), offset) if x is not None and x.shape[1] > 1]
+    if varying:
+        found: dict[bytes, int] = {}
+        each = (b"".join(x[:, tile].numpy().tobytes() for x in varying) for tile in range(len(tiles.query)))
+        kinds = np.array([found.setdefault(content, len(found)) for content in each])
+        kind, first = map(torch.from_numpy, (kinds, np.unique(kinds, return_index=True)[1]))
+        visible = visible[first] if len(visible) > 1 else visible
+        offset = offset[:, first] if offset is not None and offset.shape[1] > 1 else offset
+    hidden = None
+    if not visible.all():
+        hidden = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
+    return Region(tiles.query, tiles.key, hidden, offset, kind)
 
 
 class AxialPattern(StaticPattern):

@@ -15,11 +15,25 @@ __all__ = ["PositionBias", "QueryTables", "RelativeTable"]
 
 
 class PositionBias(ABC):
-    """A term added to the logits that depends on relative position, and perhaps on the query."""
+    """A term added to the logits that depends on relative position, and perhaps on the query.
+
+    Attributes:
+        reads_query: whether it depends on the query; otherwise tiles with the same offsets share it.
+    """
+
+    reads_query = True
 
     @abstractmethod
     def __call__(self, query: Tensor, offset: Tensor) -> Tensor:
         """(..., heads, Q, K) or broadcastable, from query (..., T, heads, Q, D) and offset (axes, T, Q, K)."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that may learn."""
+
+    @abstractmethod
+    def like(self, tensors: Sequence[Tensor]) -> "PositionBias":
+        """The same term with other `tensors()`."""
 
     def for_heads(self, heads: Sequence[int]) -> "PositionBias":
         """The term of some of the heads."""
@@ -33,8 +47,16 @@ class RelativeTable(PositionBias):
         table: (heads, *rows), rows odd on each axis: 2 * window - 1 holds every offset inside a window.
     """
 
+    reads_query = False
+
     def __init__(self, table: Tensor) -> None:
         self.table = table
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
+    def like(self, tensors: Sequence[Tensor]) -> "RelativeTable":
+        return RelativeTable(*tensors)
 
     def for_heads(self, heads: Sequence[int]) -> "RelativeTable":
         return RelativeTable(self.table[list(heads)])
@@ -58,6 +80,12 @@ class QueryTables(PositionBias):
 
     def __init__(self, tables: Sequence[Tensor]) -> None:
         self.tables = tuple(tables)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.tables
+
+    def like(self, tensors: Sequence[Tensor]) -> "QueryTables":
+        return QueryTables(tensors)
 
     def __call__(self, query: Tensor, offset: Tensor) -> Tensor:
         _check_rows([len(table) for table in self.tables], offset)

@@ -22,11 +22,12 @@ from saccade.errors import InputError, check_choice
 from saccade.ops.check import check_attention
 from saccade.ops.compose import PerHead, SelectionUnion
 from saccade.ops.pair_attention import attend_pairs
-from saccade.ops.pattern import Pattern, StaticPattern
+from saccade.ops.pattern import Pattern, Region, StaticPattern
 from saccade.ops.position_bias import PositionBias
 from saccade.ops.selection import Selection, token_slots
 from saccade.ops.sequence import Causal
 from saccade.ops.softmax_attention import AttentionResult, attend, attention_weights, fused, merge_attention
+from saccade.ops.tiles import attend_tiles, is_traced, join_tiles
 
 __all__ = ["sparse_attention", "sparse_attention_weights"]
 
@@ -255,33 +256,11 @@ def _tiled(
     scale: float,
     need_lse: bool,
 ) -> AttentionResult:
-    """Gather tiles of queries and their regions of keys, and attend inside each: all tensors are linear in N.
-
-    Tiles join the batch, (B T, heads, Q, D), where all share one mask; otherwise the batch joins the heads,
-    (T, B heads, Q, D), so that a mask for each tile need not be repeated for each image.
-    """
-    batch, heads = query.shape[:2]
-    groups, slot = pattern.plan(space, query.device)
-    dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
-    masks = pattern.plan_hidden(space, dtype, query.device)  # (T | 1, 1, Q, K) each
-    offsets = (None,) * len(groups) if bias is None else pattern.plan_offset(space, query.device)
-    shared = len(groups) == 1 and len(groups[0].visible) == 1 and (offsets[0] is None or offsets[0].shape[1] == 1)
-    gather, scatter = (_gather_into_batch, _scatter_from_batch) if shared else (_gather_into_heads, _scatter_from_heads)
-    outs, lses = [], []
-    for tiles, hidden, offset in zip(groups, masks, offsets):
-        q, k, v = gather(query, tiles.query), gather(key, tiles.key), gather(value, tiles.key)
-        added = hidden
-        if bias is not None and offset is not None:
-            term = bias(q, offset)
-            if not shared and term.shape[1] == heads:
-                term = term.repeat(1, batch, 1, 1)
-            added = term if hidden is None else term + hidden
-        result = _dense(q, k, v, added, scale, need_lse)
-        outs.append(result.out)
-        lses.append(result.lse.unsqueeze(-1) if need_lse else result.lse)
-    sizes = (slot, batch, heads, sum(tiles.query.numel() for tiles in groups))
-    lse = scatter(lses, *sizes).squeeze(-1) if need_lse else lses[0]
-    return AttentionResult(scatter(outs, *sizes), lse)
+    """Gather tiles of queries and their regions of keys, and attend inside each: all tensors are linear in N."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    regions, slot = pattern.plan_regions(space, bias is not None, dtype, query.device)
+    results = [attend_tiles(query, key, value, region, bias, scale, need_lse) for region in regions]
+    return join_tiles(results, slot, need_lse)
 
 
 def _selected(
@@ -294,7 +273,7 @@ def _selected(
     scale: float,
     need_lse: bool,
 ) -> AttentionResult:
-    """Gather for each block of queries the key blocks that were selected for it: (B heads T, 1, Q, D) each.
+    """Attend in tiles, a block of queries and the key blocks that were selected for it, of all images and heads.
 
     Single queries that select blocks share them: there each key block gathers its queries (`attend_pairs`).
     """
@@ -307,29 +286,35 @@ def _selected(
             return attend(query, key, value, _dense_added(query, selection, space, None), scale)
         sees = None if selection.within is None else partial(selection.within.sees, space)
         return attend_pairs(query, key, value, selection.pairs(space), columns, scale, sees)
-    blocks, used = (x.expand(batch, heads, -1, -1) for x in (selection.blocks, selection.used))
-    first = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * len(columns)
-    number = (blocks + first).flatten()  # of a block among those of all images and heads
-
-    def gather(x: Tensor) -> Tensor:
-        x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, columns.flatten()]  # -1 gathers what nobody sees
-        found = x.unflatten(2, tuple(columns.shape)).flatten(0, 2).index_select(0, number)
-        return found.view(len(tiles), 1, blocks.shape[-1] * columns.shape[1], x.shape[-1])
-
-    tiles = query[:, :, rows.flatten()].unflatten(2, tuple(rows.shape)).flatten(0, 2).unsqueeze(1)
-    chosen = columns[blocks]  # (B, heads, T, entries, tokens of a block)
+    lists = selection.blocks.shape[1]  # one for each head, or one for all
+    blocks, used = (x.expand(batch, -1, -1, -1) for x in (selection.blocks, selection.used))
+    chosen = columns[blocks]  # (B, lists, T, entries, tokens of a block)
     visible = (used.unsqueeze(-1) & (chosen >= 0)).flatten(3).unsqueeze(3)
     if selection.within is not None:
-        visible = visible & selection.within.sees(
-            space, rows.clamp(min=0).unsqueeze(-1), chosen.flatten(3).unsqueeze(3)
-        )
-    visible = visible.flatten(0, 2).unsqueeze(1)
-    dtype = torch.promote_types(query.dtype, torch.float32) if need_lse else query.dtype
-    hidden = torch.zeros(visible.shape, dtype=dtype, device=query.device).masked_fill(~visible, -torch.inf)
-    result = _dense(tiles, gather(key), gather(value), hidden, scale, need_lse)
-    back = token_slots(rows, space)
-    out = result.out.view(batch, heads, rows.numel(), value.shape[-1])[:, :, back]
-    return AttentionResult(out, result.lse.view(batch, heads, rows.numel())[:, :, back] if need_lse else result.lse)
+        some = rows.clamp(min=0).unsqueeze(-1)
+        visible = visible & selection.within.sees(space, some, chosen.flatten(3).unsqueeze(3))
+    hidden = None
+    if is_traced() or query.device.type != "cpu" or not visible.all():  # a look at values would wait for the device
+        hidden = torch.zeros(visible.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+        hidden = hidden.masked_fill(~visible, -torch.inf).flatten(0, 2).unsqueeze(1)
+
+    def flat(x: Tensor) -> Tensor:
+        """(1, heads of a list, lists N, D), all images and lists one after the other."""
+        return x.flatten(0, 2)[None, None] if lists > 1 else x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+    def numbers(tokens: Tensor, x: Tensor) -> Tensor:
+        """(lists T, Q) rows of `flat(x)`, from tokens (B | 1, lists | 1, T, Q)."""
+        share = heads // x.shape[1] if lists > 1 else 1
+        first = torch.arange(batch * lists // share, device=x.device).view(batch, lists // share, 1, 1) * x.shape[2]
+        return (tokens.clamp(min=0) + first.repeat_interleave(share, 1)).flatten(0, 2)  # -1: one that nobody sees
+
+    region = Region(numbers(rows[None, None], query), numbers(chosen.flatten(3), key), hidden)
+    result = attend_tiles(flat(query), flat(key), flat(value), region, None, scale, need_lse)
+    shape = (batch, heads, rows.numel()) if lists > 1 else (heads, batch, rows.numel())
+    out, lse = result.out.reshape(*shape, value.shape[-1]), result.lse.reshape(shape) if need_lse else result.lse
+    if lists == 1:
+        out, lse = out.transpose(0, 1), lse.transpose(0, 1) if need_lse else lse
+    return join_tiles([AttentionResult(out, lse)], token_slots(rows, space), need_lse)
 
 
 def _dense(
@@ -339,37 +324,6 @@ def _dense(
     if need_lse:
         return attend(query, key, value, added, scale)
     return AttentionResult(fused(query, key, value, added, scale), query.new_empty(0))
-
-
-def _gather_into_batch(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, heads, N, D) to (B T, heads, Q, D), by rows that hold all heads of a token: no copy for channels-last x."""
-    batch, heads, _, dim = x.shape
-    tokens = x.transpose(1, 2).flatten(2)
-    return tokens.index_select(1, rows.flatten()).view(batch * len(rows), rows.shape[1], heads, dim).transpose(1, 2)
-
-
-def _gather_into_heads(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, heads, N, D) to (T, B heads, Q, D), by rows that hold all heads of a token in all images."""
-    batch, heads, _, dim = x.shape
-    tokens = x.permute(2, 0, 1, 3).flatten(1)
-    return tokens.index_select(0, rows.flatten()).view(*rows.shape, batch * heads, dim).transpose(1, 2)
-
-
-def _scatter_from_batch(groups: list[Tensor], slot: Tensor | None, batch: int, heads: int, num_queries: int) -> Tensor:
-    """(B T, heads, Q, D) of the only group back to (B, heads, N, D)."""
-    (tiles,) = groups
-    dim = tiles.shape[-1]
-    tokens = tiles.transpose(1, 2).reshape(batch, num_queries, heads * dim)
-    tokens = tokens if slot is None else tokens.index_select(1, slot)
-    return tokens.unflatten(-1, (heads, dim)).transpose(1, 2)
-
-
-def _scatter_from_heads(groups: list[Tensor], slot: Tensor | None, batch: int, heads: int, num_queries: int) -> Tensor:
-    """(T, B heads, Q, D) of each group back to (B, heads, N, D)."""
-    tokens = torch.cat([tiles.transpose(1, 2).flatten(0, 1).flatten(1) for tiles in groups])
-    assert len(tokens) == num_queries
-    tokens = tokens if slot is None else tokens.index_select(0, slot)
-    return tokens.unflatten(-1, (batch, heads, groups[0].shape[-1])).permute(1, 2, 0, 3)
 
 
 def _check(
