@@ -134,3 +134,42 @@ def test_heads_that_do_not_share_the_channels_evenly(heads):
     message = rf"num_heads is {heads} and dim is 8: .* Take one of \[1, 2, 4, 8\]"
     with pytest.raises(InputError, match=message):
         Attention(DIM, heads)
+
+
+@pytest.mark.parametrize("kind", [WindowAttention, GridAttention])
+@pytest.mark.parametrize(("space", "window"), [((6, 9), (2, 3)), ((7, 4), (3, 2)), ((1, 2), (1, 1))])
+def test_a_number_of_windows_follows_the_map_and_its_table_is_interpolated(kind, space, window):
+    mixer = kind(DIM, HEADS, num_windows=3, table_size=(4, 3)).double()
+    torch.nn.init.normal_(mixer.position_bias_table)
+    assert mixer.window(space) == window
+    fixed = kind(DIM, HEADS, window_size=window).double()
+    rows = [2 * size - 1 for size in window]
+    table = F.interpolate(mixer.position_bias_table[None], rows, mode="bilinear")[0]
+    fixed.load_state_dict({**mixer.state_dict(), "position_bias_table": table})
+    x = make_input(*space)
+    assert_close(mixer(x), fixed(x))
+
+
+def test_a_table_of_the_window_is_not_interpolated():
+    plain, sized = (WindowAttention(DIM, HEADS, window_size=3, **extra).double() for extra in ({}, {"table_size": 3}))
+    sized.load_state_dict(plain.state_dict())
+    x = make_input(6, 9)
+    assert torch.equal(sized(x), plain(x))
+    assert WindowAttention(DIM, HEADS, num_windows=2).position_bias_table.shape == (HEADS, 13, 13)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_tables_of_every_number_of_axes_are_interpolated(axes):
+    mixer = WindowAttention(DIM, HEADS, num_windows=1, table_size=2, axes=axes).double()
+    torch.nn.init.constant_(mixer.position_bias_table, 3.0)  # a constant says nothing, however it is interpolated
+    x = make_input(*[3, 4, 5][:axes])
+    plain = Attention(DIM, HEADS).double()
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if k != "position_bias_table"})
+    assert_close(mixer(x), plain(x))
+
+
+def test_a_number_of_windows_and_their_size():
+    with pytest.raises(InputError, match="window_size is 7 and num_windows is 2: one follows from the other"):
+        WindowAttention(DIM, window_size=7, num_windows=2)
+    with pytest.raises(InputError, match="num_windows is 0"):
+        GridAttention(DIM, num_windows=0)

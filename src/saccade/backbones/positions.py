@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.errors import InputError, check_choice
+from saccade.ops.position_bias import resize_relative_table
 
-__all__ = ["resize_positions", "resize_relative_table"]
+__all__ = ["refit_relative_table", "resize_positions", "resize_relative_table"]
 
 
 def resize_positions(
@@ -36,13 +37,12 @@ def resize_positions(
     return torch.cat([positions[:, :count], grid.flatten(2).mT], 1)
 
 
-def resize_relative_table(table: Tensor, rows: tuple[int, int]) -> Tensor:
-    """Interpolate biases for relative positions, (heads, 2 H - 1, 2 W - 1), to another window, bilinearly.
+def refit_relative_table(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mixer's table of relative positions, interpolated; any other tensor stays as it is.
 
     Args:
-        table: as `saccade.ops.RelativeTable` takes it.
-        rows: 2 H' - 1 and 2 W' - 1.
+        name, tensor, shape: as `Backbone.refit` takes them.
     """
-    if tuple(table.shape[1:]) == tuple(rows):
-        return table
-    return F.interpolate(table.unsqueeze(0), tuple(rows), mode="bilinear", align_corners=False).squeeze(0)
+    if name.endswith("position_bias_table") and tensor.ndim == len(shape) and len(tensor) == shape[0]:
+        return resize_relative_table(tensor, shape[1:])
+    return tensor

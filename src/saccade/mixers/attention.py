@@ -1,6 +1,7 @@
 """Softmax attention over a pattern, as a mixer: global attention, windows, grids and neighborhoods."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,17 @@ from saccade.ops import (
     sparse_attention,
     sparse_attention_weights,
 )
-from saccade.ops.check import per_axis
+from saccade.ops.check import check_positive, per_axis
+from saccade.ops.position_bias import resize_relative_table
 
-__all__ = ["Attention", "GridAttention", "NeighborhoodAttention", "PatternAttention", "WindowAttention"]
+__all__ = [
+    "Attention",
+    "GridAttention",
+    "NeighborhoodAttention",
+    "PatternAttention",
+    "TableAttention",
+    "WindowAttention",
+]
 
 Sizes = int | tuple[int, ...]
 DEFAULT_WINDOW = 7  # tokens an axis, as in Swin, MaxViT and NAT
@@ -64,13 +73,14 @@ class PatternAttention(Mixer):
     def pattern(self, space: tuple[int, ...]) -> Pattern:
         """The pattern for a map with these axes."""
 
-    def position_bias(self) -> PositionBias | None:
-        """What is added to the logits."""
+    def position_bias(self, space: tuple[int, ...]) -> PositionBias | None:
+        """What is added to the logits on a map with these axes."""
         return None
 
     def mix(self, x: Tensor) -> Tensor:
         query, key, value = self._project(x)
-        pattern, bias = self.pattern(tuple(x.shape[1:-1])), self.position_bias()
+        space = tuple(x.shape[1:-1])
+        pattern, bias = self.pattern(space), self.position_bias(space)
         taps.record(
             self, "attention", lambda: sparse_attention_weights(query, key, pattern, bias=bias, scale=self.scale)
         )
@@ -80,7 +90,8 @@ class PatternAttention(Mixer):
     def mix_with_prefix(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value = self._project(x)  # (B, heads, *space, D)
         prefix_query, prefix_key, prefix_value = self._project(prefix)  # (B, heads, P, D)
-        pattern, bias = self.pattern(tuple(x.shape[1:-1])), self.position_bias()
+        space = tuple(x.shape[1:-1])
+        pattern, bias = self.pattern(space), self.position_bias(space)
         all_keys = torch.cat([prefix_key, key.flatten(2, -2)], 2)
         all_values = torch.cat([prefix_value, value.flatten(2, -2)], 2)
 
@@ -122,16 +133,22 @@ class Attention(PatternAttention):
         return Global()
 
 
-class _TableAttention(PatternAttention):
+class TableAttention(PatternAttention):
     """Attention inside blocks of a given size, with a learned bias for each head and relative position.
 
     Args:
         window_size: tokens of a block along each axis. None takes at most 7, so that an axis is cut into as few
             blocks as possible of about equal size; a size that is asked for and larger than the map is an error.
+        num_windows: cut every axis into so many blocks instead, whatever the map.
+        table_size: tokens along each axis of the block for which the table is learned; on other blocks it is
+            interpolated. None takes window_size, and 7 where that is None; smaller blocks then read its middle, and
+            with num_windows it is interpolated.
         axes: axes of space, which the table needs to know; 2 for images.
         position_bias: learn a number for each head and offset inside a block (Swin's relative position bias).
         options: as for PatternAttention.
     """
+
+    default_window = DEFAULT_WINDOW
 
     def __init__(
         self,
@@ -139,6 +156,8 @@ class _TableAttention(PatternAttention):
         num_heads: int | None = None,
         *,
         window_size: Sizes | None = None,
+        num_windows: int | None = None,
+        table_size: Sizes | None = None,
         axes: int = 2,
         position_bias: bool = True,
         qkv_bias: bool = True,
@@ -147,18 +166,37 @@ class _TableAttention(PatternAttention):
         impl: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop, impl=impl)
+        if num_windows is not None:
+            check_positive(num_windows=num_windows)
+            if window_size is not None:
+                raise InputError(
+                    f"window_size is {window_size} and num_windows is {num_windows}: one follows from the other and "
+                    "the map. Give one; table_size says for which window the table is learned"
+                )
         self.window_size = window_size
+        self.num_windows = num_windows
+        self.interpolates = table_size is not None or num_windows is not None
         self.position_bias_table = None
         if position_bias:
-            sizes = per_axis("window_size", DEFAULT_WINDOW if window_size is None else window_size, axes)
-            self.position_bias_table = nn.Parameter(torch.empty(self.num_heads, *(2 * size - 1 for size in sizes)))
+            name, learned = ("window_size", window_size) if table_size is None else ("table_size", table_size)
+            sizes = per_axis(name, self.default_window if learned is None else learned, axes)
+            self.position_bias_table = nn.Parameter(torch.empty(self.num_heads, *_rows(sizes)))
             nn.init.trunc_normal_(self.position_bias_table, std=0.02)
 
-    def position_bias(self) -> PositionBias | None:
-        return None if self.position_bias_table is None else RelativeTable(self.position_bias_table)
+    def position_bias(self, space: tuple[int, ...]) -> PositionBias | None:
+        table: Tensor | None = self.position_bias_table
+        if table is not None and self.interpolates and table.ndim == len(space) + 1:
+            table = resize_relative_table(table, _rows(self.window(space)))
+        return None if table is None else RelativeTable(table)
+
+    def window(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens of a block along each axis of a map."""
+        if self.num_windows is not None:
+            return tuple(-(-length // self.num_windows) for length in space)
+        return fit_window("window_size", self.window_size, space, largest=self.default_window)
 
 
-class WindowAttention(_TableAttention):
+class WindowAttention(TableAttention):
     """Softmax attention inside non-overlapping windows (Swin, Liu et al., 2021, arXiv:2103.14030).
 
     A map that the window does not divide has smaller windows at its end.
@@ -172,15 +210,15 @@ class WindowAttention(_TableAttention):
         self.shift = shift
 
     def pattern(self, space: tuple[int, ...]) -> Pattern:
-        sizes = fit_window("window_size", self.window_size, space)
+        sizes = self.window(space)
         return Window(sizes, shift=tuple(size // 2 if self.shift else 0 for size in sizes), ragged=True)
 
 
-class GridAttention(_TableAttention):
+class GridAttention(TableAttention):
     """Softmax attention over a uniform grid that spans the map (MaxViT, Tu et al., 2022, arXiv:2204.01697)."""
 
     def pattern(self, space: tuple[int, ...]) -> Pattern:
-        return Grid(fit_window("window_size", self.window_size, space), ragged=True)
+        return Grid(self.window(space), ragged=True)
 
 
 class NeighborhoodAttention(PatternAttention):
@@ -226,14 +264,16 @@ class NeighborhoodAttention(PatternAttention):
         return Neighborhood(sizes, self.stride, self.dilation, self.causal)
 
 
-def fit_window(name: str, size: Sizes | None, space: tuple[int, ...]) -> tuple[int, ...]:
-    """One size for each axis: as asked, which must fit the map, or at most the default.
+def fit_window(
+    name: str, size: Sizes | None, space: tuple[int, ...], *, largest: int = DEFAULT_WINDOW
+) -> tuple[int, ...]:
+    """One size for each axis: as asked, which must fit the map, or at most the largest.
 
     >>> fit_window("window_size", None, (4, 8))
     (4, 4)
     """
     if size is None:
-        return tuple(even_size(length, DEFAULT_WINDOW) for length in space)
+        return tuple(even_size(length, largest) for length in space)
     sizes = per_axis(name, size, len(space))
     if any(s > length for s, length in zip(sizes, space)):
         raise InputError(
@@ -241,3 +281,8 @@ def fit_window(name: str, size: Sizes | None, space: tuple[int, ...]) -> tuple[i
             f"or {name}=None, which takes what fits"
         )
     return sizes
+
+
+def _rows(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Rows of a table of relative positions inside a block, along each axis."""
+    return tuple(2 * size - 1 for size in sizes)

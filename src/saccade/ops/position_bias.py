@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.errors import InputError
 
-__all__ = ["PositionBias", "QueryTables", "RelativeTable"]
+__all__ = ["PositionBias", "QueryTables", "RelativeTable", "resize_relative_table"]
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class PositionBias(ABC):
@@ -95,6 +98,19 @@ class QueryTables(PositionBias):
             number = (along + len(table) // 2).clamp(0, len(table) - 1).unsqueeze(1)  # (T, 1, Q, K)
             total = total + products.gather(-1, number.expand(*products.shape[:-1], number.shape[-1]))
         return total
+
+
+def resize_relative_table(table: Tensor, rows: Sequence[int]) -> Tensor:
+    """Interpolate biases for relative positions, (heads, 2 H - 1, 2 W - 1), to another window, linearly on each axis.
+
+    Args:
+        table: as `RelativeTable` takes it.
+        rows: of the new table, 2 H' - 1 and 2 W' - 1.
+    """
+    if tuple(table.shape[1:]) == tuple(rows):
+        return table
+    mode = _LINEAR[table.ndim - 1]
+    return F.interpolate(table.unsqueeze(0), tuple(rows), mode=mode, align_corners=False).squeeze(0)
 
 
 def _check_rows(rows: Sequence[int], offset: Tensor) -> None:
