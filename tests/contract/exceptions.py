@@ -27,7 +27,7 @@ VARIANTS = {
     ],
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
     "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
-    "grid": [{"num_heads": 2, "position_bias": False}],
+    "grid": [{"num_heads": 2, "position_bias": False}, {"num_windows": 2}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
     "length_scaled": [{"num_heads": 2, "pretrain_size": (5, 7), "qkv_bias": False}],
     "low_rank_connectivity": [
@@ -38,6 +38,7 @@ VARIANTS = {
         {"num_heads": 2, "layer": 1, "block_size": 3, "topk": 2, "scope": "query"},
         {"scope": "block"},
     ],
+    "mobile_conv": [{"num_heads": 2, "expansion": 2, "num_windows": 2, "table_size": (3, 4), "qkv_bias": False}],
     "neighborhood": [{"num_heads": 2, "stride": 2, "causal": (True, False)}],
     "outlook": [{"num_heads": 2, "kernel_size": 2, "stride": 1, "qkv_bias": True}],
     "pooling": [{"pool_size": 5}],
@@ -57,7 +58,7 @@ VARIANTS = {
         {"num_heads": 2, "block_size": (2, 3), "threshold": 0.05, "rotary": 100.0, "query_pools": ("max", "min")},
     ],
     "varied_window": [{"num_heads": 2, "window_size": (2, 3), "qkv_bias": False, "scale": 0.3}],
-    "window": [{"num_heads": 2, "shift": True}],
+    "window": [{"num_heads": 2, "shift": True}, {"window_size": (2, 3), "table_size": 4}],
 }
 """Options to try besides the defaults. Mixers without a row are tried with their defaults alone."""
 
@@ -71,6 +72,7 @@ NO_PREFIX = {
     "fourier_filter": "a token outside the map has no place in its spectrum",
     "halo": "HaloNet has no class token, and its padded keys leave no place for one",
     "length_scaled": "its position bias is made of places of the map",
+    "mobile_conv": "a token outside the map has no neighbours to be convolved with",
     "outlook": "its matrices are made for windows, and a class token is in none",
     "mixture_of_blocks": "a token outside the map belongs to no block",
     "pooling": "an average over neighbours knows no token outside the map",

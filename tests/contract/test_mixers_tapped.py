@@ -97,6 +97,11 @@ def finish_factorized(mixer, x, attention):
     return mixer.proj(torch.cat(mixed, -1)).view_as(x) + mixer(x) - plain(x)
 
 
+def finish_mobile_conv(mixer, x, attention):
+    update = mixer.conv(x.movedim(-1, 1)).movedim(1, -1)
+    return update + finish_softmax(mixer, mixer.norm(x + update), attention)
+
+
 def finish_strip(mixer, x, attention):
     side = mixer.sr_ratio
     height, width = (-length % side for length in x.shape[1:-1])
@@ -117,6 +122,7 @@ FINISH = {
     "bi_level_routing": finish_bi_level_routing,
     "factorized": finish_factorized,
     "halo": finish_halo,
+    "mobile_conv": finish_mobile_conv,
     "outlook": finish_outlook,
     "pooling": finish_pooling,
     "strip": finish_strip,
@@ -203,7 +209,7 @@ dense = [case for case in serving if isinstance(create_mixer(case[0], DIM), Patt
 def test_with_a_prefix_it_is_dense_attention_over_all_tokens(name, options):
     mixer, space, prefix = make_serving(name, options), (7, 9), make_prefix()
     x = make_input(*space)
-    pattern, bias = mixer.pattern(space), mixer.position_bias()
+    pattern, bias = mixer.pattern(space), mixer.position_bias(space)
     added = torch.zeros(mixer.num_heads, 63, 63, dtype=torch.float64)
     if isinstance(bias, RelativeTable):
         added = bias(torch.empty(0), pattern.offset(space).unsqueeze(1))[0]

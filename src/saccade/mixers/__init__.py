@@ -20,6 +20,7 @@ from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.low_rank_connectivity import LowRankConnectivityAttention
 from saccade.mixers.mixer import Mixer
 from saccade.mixers.mixture_of_blocks import MixtureOfBlocksAttention
+from saccade.mixers.mobile_convolution import MobileConvAttention
 from saccade.mixers.outlook import OutlookAttention
 from saccade.mixers.pyramid_sparse import PyramidSparseAttention
 from saccade.mixers.reordered import ReorderedAttention
@@ -50,6 +51,7 @@ __all__ = [
     "LowRankConnectivityAttention",
     "Mixer",
     "MixtureOfBlocksAttention",
+    "MobileConvAttention",
     "NeighborhoodAttention",
     "OutlookAttention",
     "PatternAttention",
