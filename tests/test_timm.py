@@ -41,13 +41,17 @@ def test_timm_builds_describes_and_trains_them(name):
     assert features(torch.randn(1, *size))[0].shape[1] == features.feature_info.channels()[0]
 
 
+TIMMS = {"maxvit_t": "maxvit_tiny_tf_224"}  # what timm calls networks that have another name here
+
+
 @pytest.mark.parametrize(
-    "name", ["halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b", "halonet_h1"]
+    "name",
+    ["halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b", "halonet_h1", "maxvit_t"],
 )
 @pytest.mark.slow
 def test_outputs_are_those_of_timms_network_with_its_weights(name, tmp_path):
     torch.manual_seed(0)
-    theirs = timm.create_model(name, num_classes=10).eval()
+    theirs = timm.create_model(TIMMS.get(name, name), num_classes=10).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

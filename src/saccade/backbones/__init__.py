@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import halonet, study
+from saccade.backbones import halonet, maxvit, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
@@ -23,6 +23,7 @@ from saccade.backbones.feed_forward import ConvolutionalGLU
 from saccade.backbones.halonet import HaloNet
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
+from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
@@ -41,6 +42,7 @@ __all__ = [
     "HybridPerceptionBlock",
     "Isotropic",
     "LoadedModel",
+    "MaxViT",
     "ModelSummary",
     "SpatialGatedUnit",
     "StudyNet",
@@ -52,7 +54,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (halonet, study)
+_FAMILIES = (halonet, maxvit, study)
 
 
 def list_models(pattern: str = "*") -> list[str]:

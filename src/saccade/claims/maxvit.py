@@ -1,18 +1,29 @@
 """MaxViT: attention inside windows, then attention over grids that span the map."""
 
+import ast
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saccade.backbones import MaxViT, create_model
+from saccade.backbones.maxvit import rename_official
 from saccade.backbones.mlp import Mlp
+from saccade.backbones.residual import Block
 from saccade.claims.framework import (
     Case,
     Paper,
     at_least,
     at_most,
     claim,
+    count_model_parameters,
+    equal,
+    measure_model_flops,
     play,
     relative_difference,
     rounding,
@@ -22,6 +33,9 @@ from saccade.errors import InputError, check_choice
 from saccade.measure import count_flops, count_parameters
 from saccade.mixers import GridAttention, PatternAttention, WindowAttention
 from saccade.ops import Grid, RelativeTable, Window, softmax_attention, sparse_attention
+from saccade.ops.check import per_axis
+
+Sizes = int | tuple[int, ...]
 
 PAPER = Paper(
     title="MaxViT: Multi-Axis Vision Transformer",
@@ -30,28 +44,46 @@ PAPER = Paper(
     summary="One block has a convolution, attention inside windows (local) and attention over a grid of strided "
     "positions (global, dilated). Both attentions touch a fixed number of tokens, so cost is linear in the image's "
     "area while the two together connect every pair of positions.",
-    home=("saccade.mixers.WindowAttention", "saccade.mixers.GridAttention", "saccade.ops.Grid"),
-    missing=("the networks T to XL, and resizing their bias tables to another window",),
+    home=(
+        "saccade.mixers.WindowAttention",
+        "saccade.mixers.GridAttention",
+        "saccade.ops.Grid",
+        "saccade.backbones.MaxViT",
+    ),
     differences=(
         "The authors' code is in TensorFlow: replay follows timm's port, which the recorded cases come from.",
         "timm's own networks order qkv by head, and their table as Swin does, [(2 P - 1)^2, heads] of query minus key: "
-        "replay reorders both. Their position bias from an MLP (rel_pos_type mlp) is refused.",
+        "replay reorders both. Their position bias from an MLP (rel_pos_type mlp) is refused, and so are networks of "
+        "other blocks or another padding than the authors'.",
         "timm refuses a map that the partition does not divide; ours has smaller windows and grids.",
+        "timm interpolates tables bicubically, with a spacing that grows away from the middle; ours bilinearly, as the "
+        "authors do.",
     ),
 )
 
 LAYER = "the layer's definition"
-NETWORKS = "the networks T to XL, which saccade does not have yet"
+NETWORKS = {"T": "maxvit_t", "S": "maxvit_s", "B": "maxvit_b", "L": "maxvit_l", "XL": "maxvit_xl"}
 
 
 @claim(
     "params",
     {"T": 30_916_528, "S": 68_927_956, "B": 119_467_708, "L": 211_785_560, "XL": 474_951_952},
     source="official configurations, at 224 x 224",
-    needs=NETWORKS,
 )
-def networks_have_their_sizes() -> None:
+def networks_have_their_sizes() -> dict[str, int]:
     """The networks have so many parameters."""
+    return count_model_parameters(NETWORKS)
+
+
+@claim(
+    "params",
+    {"T": 31, "S": 69, "B": 119, "L": 212, "XL": 475},
+    equal("whole millions are published", within=0.5),
+    source="table of the networks",
+)
+def networks_have_the_published_sizes() -> dict[str, float]:
+    """The networks have so many million parameters."""
+    return {name: count / 1e6 for name, count in count_model_parameters(NETWORKS).items()}
 
 
 @claim("params", {"384": 60_480, "512": 133_056}, source="official configurations")
@@ -67,14 +99,58 @@ def larger_images_add_position_tables_alone() -> dict[str, int]:
     return {"384": count(12) - count(7), "512": count(16) - count(7)}
 
 
+PORT = "timm's port, counted, a multiply-add as two"
+
+
+@claim("flops", {"224": 11_103_673_312, "384": 34_785_320_192, "512": 66_499_342_336}, source=PORT)
+def cost_of_the_smallest_network() -> dict[str, int]:
+    """T takes so many FLOPs for an image of so many pixels a side, with the products by one-hot matrices through which
+    the port, and the authors' code, read position tables."""
+    return {str(size): _cost("maxvit_t", size) for size in (224, 384, 512)}
+
+
 @claim(
     "flops",
-    {"224": 11.104, "384": 34.785, "512": 66.499},
-    source="T of timm's port, a multiply-add as two; published are 5.6, 17.7 and 33.7 G multiply-adds",
-    needs=NETWORKS,
+    {"S": 23_178_250_704, "B": 47_844_629_040, "L": 87_039_473_728, "XL, 21843 classes": 194_573_236_320},
+    source=PORT,
+    slow=True,
 )
-def cost_of_a_network_follows_the_pixels() -> None:
-    """T takes so many GFLOPs, in proportion to the pixels within a few percent."""
+def cost_of_the_networks() -> dict[str, int]:
+    """The networks take so many FLOPs for an image of 224 x 224, with those products."""
+    return {name: _cost(NETWORKS[name], 224) for name in "SBL"} | {
+        "XL, 21843 classes": _cost("maxvit_xl", 224, num_classes=21843)
+    }
+
+
+@claim(
+    "flops",
+    {
+        "T": (5.6, 17.7, 33.7),
+        "S": (11.7, 36.1, 67.6),
+        "B": (24.2, 74.2, 138.5),
+        "L": (43.9, 133.1, 245.4),
+        "XL": (97.8, 293.7, 535.2),
+    },
+    equal("products are counted; what else the published figures hold is not said", relative=0.02),
+    source="table of the networks, at 224, 384 and 512",
+    slow=True,
+)
+def cost_is_the_published_one() -> dict[str, tuple[float, ...]]:
+    """The networks take so many billion multiply-adds."""
+    return {name: tuple(_cost(model, size) / 2e9 for size in (224, 384, 512)) for name, model in NETWORKS.items()}
+
+
+@claim(
+    "complexity",
+    {"384": 1.0, "512": 1.0},
+    equal("windows grow with the image, and with them the products of attention", within=0.2),
+    source="T of timm's port",
+)
+def cost_follows_the_pixels() -> dict[str, float]:
+    """T takes FLOPs in proportion to the pixels, though its windows have the 32nd part of the image's side: FLOPs of a
+    pixel over those at 224."""
+    of_pixel = {size: _cost("maxvit_t", size) / size**2 for size in (224, 384, 512)}
+    return {str(size): of_pixel[size] / of_pixel[224] for size in (384, 512)}
 
 
 @claim("complexity", tuple(4 * side**2 * 49 * 64 for side in (14, 28, 56)) * 2, source=LAYER)
@@ -168,7 +244,7 @@ def a_grid_is_windows_of_another_order() -> float:
     "accuracy",
     {"T": 83.62, "S": 84.45, "B": 84.95, "L": 85.17, "L at 512": 86.70, "XL at 512, 21k": 88.7},
     source="table and abstract; ImageNet top-1, at 224 x 224",
-    needs="ImageNet, for 88.7 % also its 21 000 classes, and " + NETWORKS,
+    needs="ImageNet and the authors' weights",
 )
 def networks_are_accurate() -> None:
     """The networks have these accuracies."""
@@ -200,18 +276,39 @@ def windows_and_grids_swap_values() -> float:
 
 
 def replay(case: Case) -> dict[str, Tensor]:
-    """timm's PartitionAttentionCl."""
-    if "PartitionAttentionCl" not in case.cls:
-        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: whole networks come with the backbones")
-    block = replace(case, args=_read_args(case)).build(_PartitionBlock)
+    """timm's PartitionAttentionCl, and its MaxxVit of the authors' blocks."""
+    if "MaxxVit" in case.cls:
+        options = _read_network(case)
+        model: nn.Module = _network(case, options)
+        heads = options["transformer_dim_head"], options["transformer_head_first"]
+        sizes = {f"attn_{kind}": options[f"transformer_{name}_size"] for kind, name in _KINDS.items()}
+    elif "PartitionAttentionCl" in case.cls:
+        args = _read_layer(case)
+        model = replace(case, args=args).build(_partition_block)
+        heads = args.get("dim_head", 32), args.get("head_first", True)
+        sizes = {"": _partition_size(**args)}
+    else:
+        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: replay serves PartitionAttentionCl, MaxxVit")
 
     def forward(state: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": run_official(block, block.rename(state), inputs["x"])}
+        state = _as_authors(state, *heads, sizes)
+        return {"y": run_official(model, rename_official(state), inputs["x"])}
 
     return play(case, forward)
 
 
-def _read_args(case: Case) -> dict[str, object]:
+_KINDS = {"block": "window", "grid": "grid"}
+_TIMM = {"norm_eps": 1e-6, "act_layer": "gelu", "head_first": True, "rel_pos_type": "bias"}
+_AUTHORS = {"norm_eps": 1e-5, "act_layer": "gelu_tanh", "head_first": False, "rel_pos_type": "bias_tf"}
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def _defaults(case: Case) -> dict[str, Any]:
+    """What timm's configuration of attention has where nothing else is said: its own, or that of the authors."""
+    return _AUTHORS if "TF-compatible" in case.record.get("repo", "") or "tf style" in case.cls else _TIMM
+
+
+def _read_layer(case: Case) -> dict[str, Any]:
     """Arguments of the layer and its configuration, as a mapping or in words, which the names beside them complete."""
     words = case.record.get("args", "")
     args = case.args | case.args.get("cfg", {})
@@ -222,78 +319,174 @@ def _read_args(case: Case) -> dict[str, object]:
         args |= {f"{name}_size": (int(rows), int(columns)) for name, rows, columns in sizes}
         found = re.search(r"partition_type (\w+)", case.cls)
         args |= {"partition_type": found[1]} if found else {}
-    if "TF-compatible" in case.record.get("repo", ""):
-        return {"head_first": False, "rel_pos_type": "bias_tf", "act_layer": "gelu_tanh", "norm_eps": 1e-5} | args
-    return args
+    return args if _defaults(case) is _TIMM else _AUTHORS | args
 
 
-class _PartitionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with the arguments of timm's layer and of its configuration."""
+_SAID = {
+    "conv_norm_eps": r"conv norm eps ([\d.e-]+)",
+    "transformer_norm_eps": r"LN eps ([\d.e-]+)",
+    "transformer_dim_head": r"(?:head width|dim_head) (\d+)",
+    "transformer_head_first": r"head_first (True|False)",
+    "transformer_window_size": r"window(?:_size)?(?: ?= ?grid)? ?=? ?(\d+)",
+    "transformer_grid_size": r"grid(?:_size)? ?=? ?(\d+)",
+}
+_FIXED = {  # what the authors' networks have, and replay therefore serves
+    "block_type": "M",
+    "conv_block_type": "mbconv",
+    "conv_expand_output": True,
+    "conv_group_size": 1,
+    "conv_pre_norm_act": False,
+    "conv_stride_mode": "dw",
+    "conv_pool_type": "avg2",
+    "conv_padding": "same",
+    "conv_attn_early": False,
+    "conv_attn_act_layer": "silu",
+    "transformer_no_block_attn": False,
+    "transformer_use_nchw_attn": False,
+}
 
-    def __init__(
-        self,
-        dim: int,
-        partition_type: str = "block",
-        dim_head: int = 32,
-        head_first: bool = True,
-        expand_ratio: float = 4.0,
-        attn_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        rel_pos_type: str | None = "bias",
-        window_size: int | tuple[int, int] | None = None,
-        grid_size: int | tuple[int, int] | None = None,
-        init_values: float | None = None,
-        act_layer: str = "gelu",
-        norm_eps: float = 1e-6,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        check_choice("partition_type", partition_type, ("block", "grid"))
-        check_choice("act_layer", act_layer, ("gelu", "gelu_tanh"))
-        if rel_pos_type not in (None, "bias", "bias_tf"):
-            raise InputError(f"rel_pos_type is {rel_pos_type!r}: replay serves 'bias', 'bias_tf' and None")
-        if dim % dim_head:
-            raise InputError(f"dim_head is {dim_head} and dim is {dim}: heads of this width do not share the channels")
-        kind = WindowAttention if partition_type == "block" else GridAttention
-        size = window_size if partition_type == "block" or grid_size is None else grid_size
-        if size is None:
-            raise InputError("neither window_size nor grid_size is given: the layer needs the size of its partition")
-        self.head_first, self.init_values = head_first, init_values
-        self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = kind(dim, dim // dim_head, window_size=size, position_bias=rel_pos_type is not None)
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, int(dim * expand_ratio))
-        self.mlp.act = nn.GELU("tanh" if act_layer == "gelu_tanh" else "none")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+def _read_network(case: Case) -> dict[str, Any]:
+    """Arguments of timm's network, those of its two configurations as conv_* and transformer_*; window and grid as
+    pairs."""
+    authors = _defaults(case) is _AUTHORS
+    conv = {"norm_eps": 1e-3, "act_layer": "gelu_tanh", "padding": "same"} if authors else {"padding": ""}
+    args = case.args | case.args.get("cfg", {})
+    options: dict[str, Any] = {"img_size": 224, "transformer_partition_ratio": 32, "transformer_dim_head": 32}
+    options |= {"conv_norm_eps": 1e-5, "conv_act_layer": "gelu"}
+    for name, nested in {"conv": conv, "transformer": _defaults(case)}.items():
+        options |= {f"{name}_{key}": value for key, value in (nested | args.pop(f"{name}_cfg", {})).items()}
+    options |= args
+    words = case.record.get("args") or case.record.get("arguments")
+    if isinstance(words, str):
+        found = {name: re.search(pattern, words) for name, pattern in _SAID.items()}
+        options |= {name: ast.literal_eval(said[1]) for name, said in found.items() if said}
+    for name, needed in _FIXED.items():
+        given = options.get(name, needed)
+        if any(each != needed for each in (given if isinstance(given, tuple) else (given,))):
+            raise InputError(f"{name} is {given!r}: replay serves networks like the authors', with {needed!r}")
+    follows = tuple(
+        side // options["transformer_partition_ratio"] for side in per_axis("img_size", options["img_size"], 2)
+    )
+    window = options.get("transformer_window_size") or follows
+    grid = options.get("transformer_grid_size") or window
+    sizes = {"window": window, "grid": grid}
+    return options | {f"transformer_{name}_size": per_axis(name, size, 2) for name, size in sizes.items()}
 
-    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official tensors to ours: the table in our order, rows of qkv by kind, layer scales in what they scale."""
-        state, heads = dict(state), self.attn.num_heads
-        table = state.pop("attn.rel_pos.relative_position_bias_table", None)
-        if table is not None:
-            state["attn.position_bias_table"] = table if table.ndim == 3 else self._turn(table)
+
+def _network(case: Case, options: Mapping[str, Any]) -> MaxViT:
+    """timm's network of the authors' blocks: what shapes show is read from the state, the rest from the arguments."""
+    shapes = {name.removeprefix("state."): t.shape for name, t in case.tensors.items() if name.startswith("state.")}
+    depths = Counter(int(name.split(".")[1]) for name in shapes if name.endswith(".conv.pre_norm.weight"))
+    first = "stages.0.blocks.0"
+    dims = tuple(shapes[f"stages.{stage}.blocks.0.conv.conv3_1x1.weight"][0] for stage in sorted(depths))
+    gate = shapes.get(f"{first}.conv.se.fc1.weight")
+    act, attn_act = options["conv_act_layer"], options["transformer_act_layer"]
+    check_choice("conv_act_layer", act, _GELU)
+    check_choice("transformer_act_layer", attn_act, (act,))
+    return MaxViT(
+        dims,
+        tuple(depths[stage] for stage in sorted(depths)),
+        stem_dims=(shapes["stem.conv1.weight"][0], shapes["stem.conv2.weight"][0]),
+        head_dim=shapes["head.pre_logits.fc.weight"][0] if "head.pre_logits.fc.weight" in shapes else 0,
+        dim_head=options["transformer_dim_head"],
+        window_size=options["transformer_window_size"],
+        grid_size=options["transformer_grid_size"],
+        position_bias=options["transformer_rel_pos_type"] is not None,
+        expansion=shapes[f"{first}.conv.conv1_1x1.weight"][0] / dims[0],
+        mlp_ratio=shapes[f"{first}.attn_grid.mlp.fc1.weight"][0] / dims[0],
+        kernel_size=shapes[f"{first}.conv.conv2_kxk.weight"][-1],
+        gate_ratio=options.get("conv_attn_ratio", 0.25) if gate else 0,
+        act=_GELU[act],
+        stem_bias="stem.conv1.bias" in shapes,
+        out_bias=f"{first}.conv.conv3_1x1.bias" in shapes,
+        conv_eps=options["conv_norm_eps"],
+        norm_eps=options["transformer_norm_eps"],
+        num_classes=shapes["head.fc.weight"][0] if "head.fc.weight" in shapes else 0,
+        in_chans=shapes["stem.conv1.weight"][1],
+    )
+
+
+def _partition_size(
+    partition_type: str = "block", window_size: Sizes | None = None, grid_size: Sizes | None = None, **_others: Any
+) -> tuple[int, ...]:
+    """Tokens of the window, or of the grid, along both axes."""
+    size = window_size if partition_type == "block" or grid_size is None else grid_size
+    if size is None:
+        raise InputError("neither window_size nor grid_size is given: the layer needs the size of its partition")
+    return per_axis("window_size", size, 2)
+
+
+def _partition_block(
+    dim: int,
+    partition_type: str = "block",
+    dim_head: int = 32,
+    head_first: bool = True,
+    expand_ratio: float = 4.0,
+    attn_bias: bool = True,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    rel_pos_type: str | None = "bias",
+    window_size: Sizes | None = None,
+    grid_size: Sizes | None = None,
+    init_values: float | None = None,
+    act_layer: str = "gelu",
+    norm_eps: float = 1e-6,
+    drop_path: float = 0.0,
+) -> Block:
+    """The layer with the arguments of timm's and of its configuration."""
+    check_choice("partition_type", partition_type, ("block", "grid"))
+    check_choice("act_layer", act_layer, _GELU)
+    if rel_pos_type not in (None, "bias", "bias_tf"):
+        raise InputError(f"rel_pos_type is {rel_pos_type!r}: replay serves 'bias', 'bias_tf' and None")
+    if dim % dim_head:
+        raise InputError(f"dim_head is {dim_head} and dim is {dim}: heads of this width do not share the channels")
+    kind = WindowAttention if partition_type == "block" else GridAttention
+    size = _partition_size(partition_type, window_size, grid_size)
+    attention = kind(dim, dim // dim_head, window_size=size, position_bias=rel_pos_type is not None)
+    mlp = Mlp(dim, int(dim * expand_ratio), act=partial(nn.GELU, _GELU[act_layer]))
+    return Block(dim, attention, mlp, norm=partial(nn.LayerNorm, eps=norm_eps))
+
+
+def _as_authors(
+    state: Mapping[str, Tensor], dim_head: int, head_first: bool, sizes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """A state of timm's own order in that of the authors: tables (heads, 2 P - 1, 2 P - 1) of key minus query, rows of
+    qkv by kind, biases everywhere, layer scales in what they scale.
+
+    Args:
+        sizes: by the last word of the layer's name, tokens of its partition along both axes.
+    """
+    state = dict(state)
+    for prefix in [name.removesuffix("attn.qkv.weight") for name in state if name.endswith("attn.qkv.weight")]:
+        heads = len(state[f"{prefix}attn.qkv.weight"]) // (3 * dim_head)
+        table = f"{prefix}attn.rel_pos.relative_position_bias_table"
+        if table in state and state[table].ndim == 2:
+            rows = [2 * size - 1 for size in sizes[prefix.rstrip(".").rpartition(".")[2]]]
+            state[table] = state[table].flip(0).T.reshape(heads, *rows)
         for name in ("qkv", "proj"):  # without attn_bias both have none, where ours are 0
-            weight = state[f"attn.{name}.weight"]
-            state.setdefault(f"attn.{name}.bias", weight.new_zeros(len(weight)))
-        if self.head_first:
-            for name in ("attn.qkv.weight", "attn.qkv.bias"):
+            weight = state[f"{prefix}attn.{name}.weight"]
+            state.setdefault(f"{prefix}attn.{name}.bias", weight.new_zeros(len(weight)))
+        if head_first:
+            for name in (f"{prefix}attn.qkv.weight", f"{prefix}attn.qkv.bias"):
                 state[name] = state[name].unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         for scale, name in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
-            gamma = state.pop(scale, None)
+            gamma = state.pop(f"{prefix}{scale}", None)
             if gamma is not None:
-                state[f"{name}.weight"] = gamma.unsqueeze(1) * state[f"{name}.weight"]
-                state[f"{name}.bias"] = gamma * state[f"{name}.bias"]
-        return state
+                state[f"{prefix}{name}.weight"] = gamma.unsqueeze(1) * state[f"{prefix}{name}.weight"]
+                state[f"{prefix}{name}.bias"] = gamma * state[f"{prefix}{name}.bias"]
+    return state
 
-    def _turn(self, table: Tensor) -> Tensor:
-        """((2 P - 1)^2, heads) of query minus key to (heads, 2 P - 1, 2 P - 1) of key minus query."""
-        shape = self.attn.get_parameter("position_bias_table").shape
-        return table.flip(0).T.reshape(shape)
+
+def _cost(name: str, size: int, **options: Any) -> int:
+    """FLOPs of a network, and of the products of position tables (2 P - 1)^2 with one-hot matrices: along rows, then
+    along columns."""
+    with torch.device("meta"):
+        model = create_model(name, image_size=size, **options)
+    heads = sum(each.num_heads for each in model.modules() if isinstance(each, WindowAttention | GridAttention))
+    window, rows = size // 32, 2 * (size // 32) - 1
+    read = heads * window**2 * rows * (rows + window**2)
+    return 2 * read + measure_model_flops([name], image_size=size, **options)[name]
 
 
 def _reach(layer: nn.Module, side: int) -> int:
@@ -323,7 +516,7 @@ def _train_to_swap(*partitions: str) -> float:
     """Train two layers (P = G = 4) on maps of 8 x 8 with channels mark and value: mean squared error at the marked
     pixels over the last 50 of 400 steps."""
     blocks = [
-        _PartitionBlock(32, partition, dim_head=8, rel_pos_type="bias_tf", window_size=4) for partition in partitions
+        _partition_block(32, partition, dim_head=8, rel_pos_type="bias_tf", window_size=4) for partition in partitions
     ]
     model = nn.Sequential(nn.Linear(2, 32), *blocks, nn.Linear(32, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

@@ -14,13 +14,16 @@ from saccade.measure import count_flops
 __all__ = ["count_model_parameters", "measure_model_flops", "replay_network"]
 
 
-def count_model_parameters(models: Mapping[str, str]) -> dict[str, int]:
+def count_model_parameters(models: Mapping[str, str], **options: Any) -> dict[str, int]:
     """Parameters with 1000 classes, for each name of the paper; nothing is allocated.
 
     Args:
         models: the paper's name -> a name of `list_models`.
+        options: of all of them.
     """
-    return {name: describe_model(model).params for name, model in models.items()}
+    with torch.device("meta"):
+        built = {name: create_model(model, **options) for name, model in models.items()}
+    return {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in built.items()}
 
 
 def measure_model_flops(models: Iterable[str], **options: Any) -> dict[str, int]:
@@ -32,7 +35,7 @@ def measure_model_flops(models: Iterable[str], **options: Any) -> dict[str, int]
     """
     counts = {}
     for name in models:
-        size = options.get("image_size", describe_model(name).image_size)
+        size = options.get("image_size") or describe_model(name).image_size
         with torch.device("meta"), torch.no_grad():
             model = create_model(name, **options)
             counts[name] = count_flops(model.eval(), torch.zeros(1, 3, size, size)).total
