@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import halonet, maxvit, study
+from saccade.backbones import halonet, maxvit, moat, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
@@ -24,12 +24,14 @@ from saccade.backbones.halonet import HaloNet
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.maxvit import MaxViT
+from saccade.backbones.moat import MOAT
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
 from saccade.errors import InputError, check_choice, nearest
 
 __all__ = [
+    "MOAT",
     "Backbone",
     "ConvolutionalGLU",
     "DualPathShuffle",
@@ -54,7 +56,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (halonet, maxvit, study)
+_FAMILIES = (halonet, maxvit, moat, study)
 
 
 def list_models(pattern: str = "*") -> list[str]:
