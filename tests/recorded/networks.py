@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIXTURES = Path(os.environ.get("SACCADE_FIXTURES", "/work/shared/fixtures"))
+FIXTURES = Path(os.environ.get("SACCADE_FIXTURES", HERE.parents[2] / "shared" / "fixtures"))
 FILE = "networks.json.xz"
 
 

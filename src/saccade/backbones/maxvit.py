@@ -211,9 +211,9 @@ def _variant(
 
 VARIANTS = {
     "maxvit_test": _variant((1, 1, 2, 1), (32, 32, 64, 64), 16, size=64),
-    "maxvit_t": _variant((2, 2, 5, 2), (64, 128, 256, 512), 64, weights="timm/maxvit_tiny_tf_224.in1k"),
-    "maxvit_s": _variant((2, 2, 5, 2), (96, 192, 384, 768), 64, weights="timm/maxvit_small_tf_224.in1k"),
-    "maxvit_b": _variant((2, 6, 14, 2), (96, 192, 384, 768), 64, weights="timm/maxvit_base_tf_224.in1k"),
-    "maxvit_l": _variant((2, 6, 14, 2), (128, 256, 512, 1024), 128, weights="timm/maxvit_large_tf_224.in1k"),
-    "maxvit_xl": _variant((2, 6, 14, 2), (192, 384, 768, 1536), 192, weights="timm/maxvit_xlarge_tf_224.in21k"),
+    "maxvit_tiny": _variant((2, 2, 5, 2), (64, 128, 256, 512), 64, weights="timm/maxvit_tiny_tf_224.in1k"),
+    "maxvit_small": _variant((2, 2, 5, 2), (96, 192, 384, 768), 64, weights="timm/maxvit_small_tf_224.in1k"),
+    "maxvit_base": _variant((2, 6, 14, 2), (96, 192, 384, 768), 64, weights="timm/maxvit_base_tf_224.in1k"),
+    "maxvit_large": _variant((2, 6, 14, 2), (128, 256, 512, 1024), 128, weights="timm/maxvit_large_tf_224.in1k"),
+    "maxvit_xlarge": _variant((2, 6, 14, 2), (192, 384, 768, 1536), 192, weights="timm/maxvit_xlarge_tf_224.in21k"),
 }

@@ -62,7 +62,7 @@ PAPER = Paper(
 )
 
 LAYER = "the layer's definition"
-NETWORKS = {"T": "maxvit_t", "S": "maxvit_s", "B": "maxvit_b", "L": "maxvit_l", "XL": "maxvit_xl"}
+NETWORKS = {"T": "maxvit_tiny", "S": "maxvit_small", "B": "maxvit_base", "L": "maxvit_large", "XL": "maxvit_xlarge"}
 
 
 @claim(
@@ -106,7 +106,7 @@ PORT = "timm's port, counted, a multiply-add as two"
 def cost_of_the_smallest_network() -> dict[str, int]:
     """T takes so many FLOPs for an image of so many pixels a side, with the products by one-hot matrices through which
     the port, and the authors' code, read position tables."""
-    return {str(size): _cost("maxvit_t", size) for size in (224, 384, 512)}
+    return {str(size): _cost("maxvit_tiny", size) for size in (224, 384, 512)}
 
 
 @claim(
@@ -118,7 +118,7 @@ def cost_of_the_smallest_network() -> dict[str, int]:
 def cost_of_the_networks() -> dict[str, int]:
     """The networks take so many FLOPs for an image of 224 x 224, with those products."""
     return {name: _cost(NETWORKS[name], 224) for name in "SBL"} | {
-        "XL, 21843 classes": _cost("maxvit_xl", 224, num_classes=21843)
+        "XL, 21843 classes": _cost("maxvit_xlarge", 224, num_classes=21843)
     }
 
 
@@ -149,7 +149,7 @@ def cost_is_the_published_one() -> dict[str, tuple[float, ...]]:
 def cost_follows_the_pixels() -> dict[str, float]:
     """T takes FLOPs in proportion to the pixels, though its windows have the 32nd part of the image's side: FLOPs of a
     pixel over those at 224."""
-    of_pixel = {size: _cost("maxvit_t", size) / size**2 for size in (224, 384, 512)}
+    of_pixel = {size: _cost("maxvit_tiny", size) / size**2 for size in (224, 384, 512)}
     return {str(size): of_pixel[size] / of_pixel[224] for size in (384, 512)}
 
 
