@@ -274,7 +274,10 @@ def test_failed_work_and_an_interrupt_have_their_own_status(complaint, monkeypat
     [
         ("mixers", {"window", "pooling"}),
         ("models study_x*", {"study_xs", "study_xxs"}),
-        ("bench --operators window,global --sides 2,3", {"operator", "milliseconds", "dense", "speedups", "exponent"}),
+        (
+            "bench --operators window,global --sides 2,3",
+            {"operator", "milliseconds", "dense", "speedups", "bounds", "exponent"},
+        ),
         ("bench masks --masks causal --lengths 8 --peers dense", {"mask", "density", "tiled", "speedups", "tflops"}),
     ],
 )

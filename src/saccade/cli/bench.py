@@ -127,12 +127,13 @@ def _numbers(what: str, given: str) -> list[int]:
 
 def _print_table(found: list[Any], sides: list[int]) -> None:
     def cells(row: Any) -> list[str]:
-        speedups = ["" if ratio is None else f" ({ratio:.1f}x)" for ratio in row.speedups]
+        bounds = ["" if bound is None else f" of {bound:.1f}x" for bound in row.bounds]
+        speedups = ["" if r is None else f" ({r:.1f}x{bound})" for r, bound in zip(row.speedups, bounds)]
         growth = "" if row.exponent is None else f"side^{row.exponent.value:.1f} ± {row.exponent.error:.1f}"
         return [row.operator, *(f"{own:.2f}{ratio}" for own, ratio in zip(row.milliseconds, speedups)), growth]
 
     columns = ("operator", *(f"{side}x{side}" for side in sides), "growth")
-    emit_table("ms a call (speed-up over dense SDPA)", columns, map(cells, found))
+    emit_table("ms a call (speed-up over dense SDPA, of what visited tiles allow)", columns, map(cells, found))
 
 
 def _plot(found: list[Any], path: str) -> None:

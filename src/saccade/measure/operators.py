@@ -11,11 +11,15 @@ from saccade.errors import InputError, check_choice
 from saccade.measure.scaling import Exponent, fit_exponent
 from saccade.measure.timing import measure_time
 from saccade.ops import (
+    Causal,
     Global,
+    GlobalTokens,
     Grid,
     Halo,
     Neighborhood,
     Pattern,
+    Sinks,
+    SlidingWindow,
     Window,
     agent_attention,
     softmax_attention,
@@ -30,6 +34,9 @@ OPERATORS: dict[str, Pattern | None] = {
     "grid": Grid(7, ragged=True),
     "halo": Halo(8, 3, ragged=True),
     "neighborhood": Neighborhood(7),
+    "neighborhood_strided": Neighborhood(8, stride=4),
+    "sliding_and_global": SlidingWindow(24, 24) | GlobalTokens((0,)),
+    "streaming": (SlidingWindow(48) | Sinks(4)) & Causal(),
     "agent": None,
 }
 AGENTS = 49
@@ -46,6 +53,8 @@ class OperatorTiming:
         milliseconds: median of a call, at each side.
         dense: the same for torch's scaled_dot_product_attention under the operator's mask (without a mask for global
             and agent attention); None where the map is too large for a dense mask.
+        bounds: the speed-up over dense attention that visited tiles of about 64 tokens allow, at each side; None for
+            agent attention, which has no pattern.
         exponent: growth of time with the side, where there are three sides or more; 2 is linear in tokens.
     """
 
@@ -53,6 +62,7 @@ class OperatorTiming:
     sides: tuple[int, ...]
     milliseconds: tuple[float, ...]
     dense: tuple[float | None, ...]
+    bounds: tuple[float | None, ...]
     exponent: Exponent | None
 
     @property
@@ -98,8 +108,10 @@ def bench_operators(
             own.append(_milliseconds(partial(_attend, name, heads), packed, backward))
             bearable = mask is not None or name in ("global", "agent") or side**2 <= LARGEST_DENSE
             dense.append(_milliseconds(partial(_dense, mask, heads), packed, backward) if bearable else None)
+        pattern = OPERATORS[name]
+        bounds = [None if pattern is None else pattern.cost((side, side)).bound.mean for side in sides]
         exponent = fit_exponent(sides, own) if len(set(sides)) >= 3 else None
-        found.append(OperatorTiming(name, tuple(sides), tuple(own), tuple(dense), exponent))
+        found.append(OperatorTiming(name, tuple(sides), tuple(own), tuple(dense), tuple(bounds), exponent))
     return found
 
 
