@@ -17,6 +17,7 @@ import torch
 
 from saccade import ops
 from saccade.ops import (
+    BlockDiffusion,
     Causal,
     Complement,
     Documents,
@@ -75,9 +76,10 @@ for pattern in (
 # %%
 # Sequences
 # ---------
-# In row-major order: causal, causal blocks, documents, global tokens, sinks. They are meant to be combined.
+# In row-major order: causal, causal blocks, noised and clean halves of block diffusion, documents, global tokens,
+# sinks. They are meant to be combined.
 
-for pattern in (Causal(), Causal(24), Documents((50, 64, 30)), GlobalTokens((0, 77)), Sinks(3)):
+for pattern in (Causal(), Causal(24), BlockDiffusion(24), Documents((50, 64, 30)), GlobalTokens((0, 77)), Sinks(3)):
     draw(pattern)
 
 # %%

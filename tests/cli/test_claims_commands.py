@@ -58,7 +58,7 @@ def test_papers_prints_all_with_their_status(capsys):
     assert main(["papers"]) == 0
     printed = capsys.readouterr().out
     assert "192 of 192 papers" in printed
-    for words in ("halonet", "2103.12731", "partly", "works", "not yet", "halonet is still without the networks"):
+    for words in ("halonet", "2103.12731", "partly", "works", "not yet", "vsa is still without the networks"):
         assert words in printed
 
 

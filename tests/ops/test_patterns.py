@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from saccade.errors import InputError
 from saccade.ops import (
+    BlockDiffusion,
     Causal,
     Complement,
     Documents,
@@ -135,7 +136,16 @@ def sinks_map(tokens, count):
     return see
 
 
-MAP = {Causal: causal_map, Documents: documents_map, Sinks: sinks_map}
+def block_diffusion_map(tokens, block_size, clean):
+    """Four quarters: noised and clean queries, noised and clean keys."""
+    half = tokens // 2
+    causal = causal_map(half, block_size)
+    before = causal - np.kron(np.eye(-(-half // block_size)), np.ones((block_size, block_size)))[:half, :half]
+    later = causal if clean == "block" else np.tri(half)
+    return np.block([[causal - before, before], [np.zeros((half, half)), later]])
+
+
+MAP = {Causal: causal_map, Documents: documents_map, Sinks: sinks_map, BlockDiffusion: block_diffusion_map}
 SETS = {Union: torch.logical_or, Intersection: torch.logical_and}
 
 

@@ -47,14 +47,15 @@ DETECTOR = "NEU-DET, VisDrone, and the detector"
 )
 def cost_of_top_k_attention() -> dict[str, float]:
     """Averaging the values takes N K C multiply-adds instead of N^2 C; the scores to choose from take N^2 C all the
-    same. Counted with N = 256, K = 32 and C = 48 channels; values are counted by what twice their width adds."""
+    same. Counted with N = 256, K = 32 and C = 48 channels; the products of queries and kept keys cost as much as the
+    averaging, so that twice the keys add it once."""
     query, key, value = torch.randn(3, 1, 3, 256, 16)
 
-    def count(keys: int, copies: int) -> float:
-        return count_flops(top_k_attention, query, key, torch.cat([value] * copies, -1), keys).total / 2
+    def count(keys: int) -> float:
+        return count_flops(top_k_attention, query, key, value, keys).total / 2
 
-    averaging = {keys: count(keys, 2) - count(keys, 1) for keys in (32, 256)}
-    choosing = count(32, 1) - 2 * averaging[32]  # products of queries with kept keys cost as much as the averaging
+    averaging = {keys: count(keys) - count(keys // 2) for keys in (32, 256)}
+    choosing = count(32) - 2 * averaging[32]
     return {"choosing": choosing, "values of k keys": averaging[32], "values of all keys": averaging[256]}
 
 

@@ -56,7 +56,7 @@ def fit_exponent(sides: Sequence[float], costs: Sequence[float]) -> Exponent:
 
     Raises: InputError if they are not so.
 
-    >>> fit_exponent([32, 64, 128], [1.0, 4.0, 16.0]).value
+    >>> round(fit_exponent([32, 64, 128], [1.0, 4.0, 16.0]).value, 6)
     2.0
     """
     if len(sides) != len(costs) or len(set(sides)) < 3:
