@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from saccade import tap
 from saccade.errors import InputError
 from saccade.mixers import Attention, GridAttention, NeighborhoodAttention, WindowAttention
 
@@ -173,3 +174,37 @@ def test_a_number_of_windows_and_their_size():
         WindowAttention(DIM, window_size=7, num_windows=2)
     with pytest.raises(InputError, match="num_windows is 0"):
         GridAttention(DIM, num_windows=0)
+
+
+@pytest.mark.parametrize(("space", "size"), [((8, 6), 4), ((7,), 3), ((3, 2, 5), 2), ((2, 2), 5)])
+def test_padded_windows_attend_to_zeros_at_the_end_of_the_map(space, size):
+    layer = WindowAttention(8, 2, window_size=size, padded=True, position_bias=False).double()
+    x = torch.randn(2, *space, 8, dtype=torch.float64)
+    larger = [-(-length // size) * size for length in space]
+    padded = x.new_zeros(2, *larger, 8)
+    inside = (slice(None), *(slice(length) for length in space))
+    padded[inside] = x
+    plain = WindowAttention(8, 2, window_size=size, position_bias=False).double()
+    plain.load_state_dict(layer.state_dict())
+    assert_close(layer(x), plain(padded)[inside])
+    with tap(layer) as seen:
+        layer(x)
+    tokens = torch.arange(torch.Size(larger).numel()).view(larger)[inside[1:]].flatten()
+    with tap(plain) as whole:
+        plain(padded)
+    assert_close(seen.attention[""], whole.attention[""][:, :, tokens][..., tokens])
+    with pytest.raises(InputError, match="padded windows serve none"):
+        layer(x, x.new_zeros(2, 1, 8))
+
+
+@pytest.mark.parametrize(("space", "options"), [((8, 6), {}), ((6, 9, 3), {}), ((7, 5), {"padded": True})])
+def test_windows_are_cut_before_the_projection_or_after_it(space, options):
+    """Zeros as a table of positions take the other way."""
+    cut = WindowAttention(8, 2, position_bias=False, window_size=3 if len(space) == 3 else 2, **options).double()
+    whole = WindowAttention(8, 2, axes=len(space), window_size=cut.window_size, **options).double()
+    whole.load_state_dict(cut.state_dict() | {"position_bias_table": torch.zeros_like(whole.position_bias_table)})
+    x = torch.randn(2, *space, 8, dtype=torch.float64, requires_grad=True)
+    outs = cut(x), whole(x)
+    assert_close(*outs)
+    upstream = torch.randn_like(x)
+    assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in outs))

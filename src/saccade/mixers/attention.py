@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from saccade import taps
 from saccade.errors import InputError
-from saccade.mixers.mixer import Mixer, choose_heads, even_size, merge_heads, split_heads
+from saccade.mixers.mixer import (
+    Mixer,
+    append_zeros,
+    choose_heads,
+    crop,
+    crop_matrix,
+    even_size,
+    merge_heads,
+    split_heads,
+)
 from saccade.ops import (
     Global,
     Grid,
@@ -203,15 +212,54 @@ class WindowAttention(TableAttention):
 
     Args:
         shift: move the partition by half a window, as every other layer of Swin does.
+        padded: append zeros to the map instead, up to whole windows, before it is projected; they are attended to, as
+            in official code of Swin and DaViT. Serves no prefix tokens.
     """
 
-    def __init__(self, dim: int, num_heads: int | None = None, *, shift: bool = False, **options) -> None:  # type: ignore[no-untyped-def]
+    def __init__(  # type: ignore[no-untyped-def]
+        self, dim: int, num_heads: int | None = None, *, shift: bool = False, padded: bool = False, **options
+    ) -> None:
         super().__init__(dim, num_heads, **options)
         self.shift = shift
+        self.padded = padded
 
     def pattern(self, space: tuple[int, ...]) -> Pattern:
         sizes = self.window(space)
         return Window(sizes, shift=tuple(size // 2 if self.shift else 0 for size in sizes), ragged=True)
+
+    def mix(self, x: Tensor) -> Tensor:
+        space, sizes = tuple(x.shape[1:-1]), self._sizes(tuple(x.shape[1:-1]))
+        x = append_zeros(x, [-length % size if self.padded else 0 for length, size in zip(space, sizes)])
+        padded = tuple(x.shape[1:-1])
+        pattern, bias = self.pattern(padded), self.position_bias(padded)
+
+        def attention() -> Tensor:
+            query, key, _ = self._project(x)
+            weights = sparse_attention_weights(query, key, pattern, bias=bias, scale=self.scale)
+            return crop_matrix(weights, padded, space)
+
+        taps.record(self, "attention", attention)
+        if bias is None and not self.shift and not any(length % size for length, size in zip(padded, sizes)):
+            query, key, value = self._project(_cut(x, sizes))  # cut before projecting: a third of the copies
+            out = self._finish(sparse_attention(query, key, value, Global(), scale=self.scale, impl=self.impl))
+            return crop(_join(out, padded), space)
+        query, key, value = self._project(x)
+        out = sparse_attention(query, key, value, pattern, bias=bias, scale=self.scale, impl=self.impl)
+        return self._finish(crop(out, space, first=2))
+
+    def mix_with_prefix(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        if self.padded:
+            raise InputError(
+                f"padded is True and there are {prefix.shape[1]} prefix tokens: padded windows serve none. Take "
+                "padded=False, which has smaller windows at the end of the map"
+            )
+        return super().mix_with_prefix(x, prefix)
+
+    def _sizes(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens of a window along each axis."""
+        if self.padded and self.window_size is not None:
+            return per_axis("window_size", self.window_size, len(space))
+        return self.window(space)
 
 
 class GridAttention(TableAttention):
@@ -262,6 +310,24 @@ class NeighborhoodAttention(PatternAttention):
                 for length in groups
             )
         return Neighborhood(sizes, self.stride, self.dilation, self.causal)
+
+
+def _cut(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(B, *space, C) to windows, (B T, *sizes, C)."""
+    axes = len(sizes)
+    for axis in reversed(range(axes)):
+        x = x.unflatten(axis + 1, (-1, sizes[axis]))
+    return x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), -1).flatten(0, axes)
+
+
+def _join(windows: Tensor, space: tuple[int, ...]) -> Tensor:
+    """Windows (B T, *sizes, C) back to (B, *space, C)."""
+    sizes, axes = windows.shape[1:-1], len(space)
+    x = windows.unflatten(0, (-1, *(length // size for length, size in zip(space, sizes))))
+    x = x.permute(0, *(axis for pair in zip(range(1, axes + 1), range(axes + 1, 2 * axes + 1)) for axis in pair), -1)
+    for axis in range(1, axes + 1):
+        x = x.flatten(axis, axis + 1)
+    return x
 
 
 def fit_window(

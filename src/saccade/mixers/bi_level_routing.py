@@ -1,11 +1,10 @@
 """Bi-level routing attention (BiFormer, Zhu et al., 2023, arXiv:2303.08810): regions choose regions by content."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import taps
 from saccade.errors import InputError, check_choice
-from saccade.mixers.mixer import Mixer, choose_heads, merge_heads, split_heads
+from saccade.mixers.mixer import Mixer, append_zeros, choose_heads, crop, crop_matrix, merge_heads, split_heads
 from saccade.ops import Selection, route_regions, sparse_attention, sparse_attention_weights
 from saccade.ops.check import check_positive
 
@@ -84,20 +83,20 @@ class BiLevelRoutingAttention(Mixer):
         detail = value
         if self.padding == "projected":
             margins = [-length % size for length, size in zip(space, self.region_size(space))]
-            query, key, value = (_pad(part, margins) for part in (query, key, value))
+            query, key, value = (append_zeros(part, margins) for part in (query, key, value))
         q, k, v = (split_heads(part, self.num_heads) for part in (query, key, value))  # (B, heads, *space, D)
         taps.record(self, "attention", lambda: self._attention(q, k, selection, space))
         out = merge_heads(sparse_attention(q, k, v, selection, scale=self.scale, impl=self.impl))
-        out = _crop(out, tuple(detail.shape[1:-1]))
+        out = crop(out, tuple(detail.shape[1:-1]))
         if self.lepe is not None:
             out = out + self.lepe(detail.movedim(-1, 1)).movedim(1, -1)
-        return self.proj(_crop(out, space))
+        return self.proj(crop(out, space))
 
     def pad_input(self, x: Tensor) -> Tensor:
         """The map as it is projected, with zeros appended if padding is "input"."""
         if self.padding != "input":
             return x
-        return _pad(x, [-length % self.num_regions for length in x.shape[1:-1]])
+        return append_zeros(x, [-length % self.num_regions for length in x.shape[1:-1]])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a map, (B, *space, C) each."""
@@ -124,17 +123,4 @@ class BiLevelRoutingAttention(Mixer):
         """(B, heads, N, M) over the map's own tokens: what falls on appended zeros is left out."""
         padded = tuple(query.shape[2:-1])
         weights = sparse_attention_weights(query, key, selection, scale=self.scale)
-        rows = _crop(weights.unflatten(2, padded), space, first=2).flatten(2, -2)
-        return _crop(rows.unflatten(3, padded), space, first=3).flatten(3)
-
-
-def _pad(x: Tensor, margins: list[int]) -> Tensor:
-    """Append zeros to the axes of (B, *space, C)."""
-    return F.pad(x, [0, 0, *(n for margin in reversed(margins) for n in (0, margin))]) if any(margins) else x
-
-
-def _crop(x: Tensor, space: tuple[int, ...], first: int = 1) -> Tensor:
-    """The beginning of each axis of space, the first of which is axis number `first`."""
-    for axis, length in enumerate(space, start=first):
-        x = x.narrow(axis, 0, length)
-    return x
+        return crop_matrix(weights, padded, space)

@@ -1,15 +1,26 @@
 """What every mixer is: a module that mixes tokens, (B, *space, C) -> (B, *space, C)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import taps
 from saccade.errors import InputError
 
-__all__ = ["Mixer", "choose_heads", "even_size", "merge_heads", "probe", "split_heads"]
+__all__ = [
+    "Mixer",
+    "append_zeros",
+    "choose_heads",
+    "crop",
+    "crop_matrix",
+    "even_size",
+    "merge_heads",
+    "probe",
+    "split_heads",
+]
 
 
 class Mixer(nn.Module, ABC):
@@ -65,6 +76,24 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, heads, *space, D) to (B, *space, heads * D)."""
     return x.movedim(1, -2).flatten(-2)
+
+
+def append_zeros(x: Tensor, margins: Sequence[int]) -> Tensor:
+    """Append so many tokens of zeros to each axis of (B, *space, C)."""
+    return F.pad(x, [0, 0, *(n for margin in reversed(margins) for n in (0, margin))]) if any(margins) else x
+
+
+def crop(x: Tensor, space: tuple[int, ...], first: int = 1) -> Tensor:
+    """The beginning of each axis of space, the first of which is axis number `first`."""
+    for axis, length in enumerate(space, start=first):
+        x = x.narrow(axis, 0, length)
+    return x
+
+
+def crop_matrix(weights: Tensor, padded: tuple[int, ...], space: tuple[int, ...]) -> Tensor:
+    """A token matrix over a padded map, (B, heads, N', N'), without what belongs to the padding: (B, heads, N, N)."""
+    rows = crop(weights.unflatten(2, padded), space, first=2).flatten(2, 1 + len(space))
+    return crop(rows.unflatten(3, padded), space, first=3).flatten(3)
 
 
 def choose_heads(dim: int, num_heads: int | None) -> int:
