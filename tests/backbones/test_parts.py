@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from saccade.backbones import Isotropic
 from saccade.backbones.convolution import SameAvgPool2d, SameConv2d, divisible, pad_same
 from saccade.backbones.mlp import Mlp
-from saccade.backbones.positions import resize_positions, resize_relative_table
+from saccade.backbones.patches import Downsample
+from saccade.backbones.positions import ConvPosition, resize_positions, resize_relative_table
 from saccade.backbones.recalibration import EfficientChannelGate
 from saccade.backbones.residual import Block, LayerScale, TokenBlock
 from saccade.errors import InputError
@@ -139,3 +140,20 @@ def test_positions_of_another_image_size_are_loaded_by_interpolation(tmp_path):
     load_weights(large, small.state_dict(), "small")
     assert_close(large.pos_embed, resize_positions(small.pos_embed, (6, 6), old=(4, 4)))
     assert isinstance(large.head, nn.Linear)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_positions_from_a_convolution_are_added(kernel):
+    layer, x = ConvPosition(6, kernel).double(), torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    assert_close(layer(x), x + layer.proj(x.movedim(-1, 1)).movedim(1, -1))
+    active = ConvPosition(6, kernel, act=nn.ReLU).double()
+    active.load_state_dict(layer.state_dict())
+    assert_close(active(x), x + (layer(x) - x).relu())
+
+
+def test_a_step_down_pads_odd_maps_at_their_end():
+    layer, x = Downsample(3, 4, 2, padding="same").double(), torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    padded = F.pad(layer.norm(x), (0, 0, 0, 1, 0, 1)).movedim(-1, 1)
+    assert_close(layer(x), F.conv2d(padded, layer.reduction.weight, layer.reduction.bias, 2).movedim(1, -1))
+    with pytest.raises(InputError, match="padding is 'valid'"):
+        Downsample(3, 4, padding="valid")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import halonet, maxvit, moat, study
+from saccade.backbones import davit, halonet, maxvit, moat, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
+from saccade.backbones.davit import DaViT
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
     DynamicAggregation,
@@ -34,6 +35,7 @@ __all__ = [
     "MOAT",
     "Backbone",
     "ConvolutionalGLU",
+    "DaViT",
     "DualPathShuffle",
     "DynamicAggregation",
     "DynamicFusionBlock",
@@ -56,7 +58,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (halonet, maxvit, moat, study)
+_FAMILIES = (davit, halonet, maxvit, moat, study)
 
 
 def list_models(pattern: str = "*") -> list[str]:

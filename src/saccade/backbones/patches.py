@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from saccade.backbones.convolution import SameConv2d
+from saccade.errors import check_choice
+
 __all__ = ["Downsample", "PatchEmbed", "TieredStem", "channels_first", "channels_last"]
 
 
@@ -52,7 +55,8 @@ class Downsample(nn.Module):
 
     Args:
         dim, dim_out: channels before and after.
-        kernel_size, padding: of the convolution, whose stride is 2.
+        kernel_size: of the convolution, whose stride is 2.
+        padding: zeros on every side, or "same": as many as a map of odd sides lacks, at its end.
         norm: makes the norm before it.
     """
 
@@ -62,12 +66,16 @@ class Downsample(nn.Module):
         dim_out: int,
         kernel_size: int = 3,
         *,
-        padding: int = 1,
+        padding: int | str = 1,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         self.norm = norm(dim)
-        self.reduction = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=padding)
+        if isinstance(padding, int):
+            self.reduction = nn.Conv2d(dim, dim_out, kernel_size, stride=2, padding=padding)
+        else:
+            check_choice("padding", padding, ("same",))
+            self.reduction = SameConv2d(dim, dim_out, kernel_size, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return channels_last(self.reduction(channels_first(self.norm(x))))

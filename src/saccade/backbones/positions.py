@@ -1,15 +1,40 @@
-"""Learned positions at other image sizes, by interpolation."""
+"""Learned positions: at other image sizes, by interpolation; from a convolution, at any size."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.errors import InputError, check_choice
 from saccade.ops.position_bias import resize_relative_table
 
-__all__ = ["refit_relative_table", "resize_positions", "resize_relative_table"]
+__all__ = ["ConvPosition", "refit_relative_table", "resize_positions", "resize_relative_table"]
+
+
+class ConvPosition(nn.Module):
+    """x + a depthwise convolution of x, channels last: (B, H, W, C) to the same (Chu et al., 2021, arXiv:2102.10882).
+
+    Args:
+        dim: C, channels of a token.
+        kernel_size: odd; zeros stand outside the map.
+        act: makes an activation behind the convolution; None has none.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, *, act: Callable[[], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.act = None if act is None else act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        if self.act is not None:
+            return (x + self.act(self.proj(x))).permute(0, 2, 3, 1)
+        margin = self.proj.kernel_size[0] // 2
+        centre = F.pad(self.proj.weight.new_ones(1, 1, 1, 1), [margin] * 4)  # adds x without a pass over the map
+        kernel = self.proj.weight + centre
+        return F.conv2d(x, kernel, self.proj.bias, padding=margin, groups=self.proj.groups).permute(0, 2, 3, 1)
 
 
 def resize_positions(

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Block", "DropPath", "LayerScale", "TokenBlock", "drop_path_rates", "layer_norm"]
+__all__ = ["Block", "DropPath", "LayerScale", "Stage", "TokenBlock", "drop_path_rates", "layer_norm"]
 
 MakeNorm = Callable[[int], nn.Module]
 layer_norm: MakeNorm = partial(nn.LayerNorm, eps=1e-6)  # as in most vision transformers
@@ -97,6 +97,18 @@ class TokenBlock(Block):
             return out
         tokens, prefix = self.attn(tokens, x[:, :count])
         return torch.cat([prefix, tokens.flatten(1, -2)], 1)
+
+
+class Stage(nn.Module):
+    """Blocks on one map, and the step down from the map before."""
+
+    downsample: nn.Module
+    blocks: nn.Sequential
+
+    def __init__(self, downsample: nn.Module, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = blocks
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saccade.backbones.backbone import Backbone, FeatureInfo
 from saccade.backbones.mlp import Mlp
 from saccade.backbones.patches import Downsample, channels_first, channels_last
-from saccade.backbones.residual import DropPath, drop_path_rates
+from saccade.backbones.residual import DropPath, Stage, drop_path_rates
 from saccade.backbones.variant import Variant
 from saccade.errors import InputError
 from saccade.mixers import create_mixer
@@ -60,7 +60,7 @@ class StudyNet(Backbone):
         for stage, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths))):
             down = nn.Identity() if stage == 0 else Downsample(dims[stage - 1], dim)
             blocks = [_Block(dim, make_mixer, mlp_ratio, rate) for rate in rates]
-            self.stages.append(_Stage(down, nn.Sequential(*blocks)))
+            self.stages.append(Stage(down, nn.Sequential(*blocks)))
         self.norm = nn.LayerNorm(dims[-1])
         self.num_features = dims[-1]
         self.feature_info = FeatureInfo.of_stages(dims, reduction=patch_size)
@@ -72,23 +72,11 @@ class StudyNet(Backbone):
         x = x + sine_positions(x)
         maps = []
         for stage in self.stages:
-            assert isinstance(stage, _Stage)
+            assert isinstance(stage, Stage)
             x = self.run_blocks(stage.blocks, stage.downsample(x))
             maps.append(x)
         maps[-1] = self.norm(maps[-1])
         return [channels_first(x) for x in maps]
-
-
-class _Stage(nn.Module):
-    """Blocks on one map, after the step down from the map before."""
-
-    downsample: nn.Module
-    blocks: nn.Sequential
-
-    def __init__(self, downsample: nn.Module, blocks: nn.Sequential) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = blocks
 
 
 class _Block(nn.Module):

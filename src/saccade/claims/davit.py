@@ -1,21 +1,25 @@
 """DaViT: attention among positions in windows, then attention among channels over the whole map."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.backbones.mlp import Mlp
+from saccade.backbones import DaViT
+from saccade.backbones.davit import DaViTBlock
 from saccade.claims.framework import (
     Case,
     Paper,
     claim,
+    count_model_parameters,
     equal,
+    measure_model_flops,
     play,
     relative_difference,
+    replay_network,
     rounding,
     run_official,
 )
@@ -31,37 +35,54 @@ PAPER = Paper(
     summary="Two kinds of self-attention alternate: window attention, whose tokens are positions, and channel-group "
     "attention, whose tokens are channels and whose features are all positions. The second sees the whole image at a "
     "cost linear in its area.",
-    home=("saccade.mixers.ChannelAttention", "saccade.mixers.WindowAttention", "saccade.ops.channel_attention"),
-    missing=("the networks Tiny to Giant",),
+    home=(
+        "saccade.backbones.DaViT",
+        "saccade.mixers.ChannelAttention",
+        "saccade.mixers.WindowAttention",
+        "saccade.ops.channel_attention",
+    ),
     differences=(
         "In published weights the three blocks of qkv are value, query and key of the paper's equation, in this order.",
-        "Official code pads a map that the window does not divide with zeros, which take part as keys, and so does "
-        "replay; our WindowAttention has smaller windows at the end.",
+        "Official code pads a map that the window does not divide with zeros, which take part as keys, and so do our "
+        "networks; WindowAttention by itself has smaller windows at the end unless padded=True.",
+        "Official code has Large for 384 x 384 pixels with windows of 12; Huge and Giant are as timm defines them.",
     ),
 )
 
 LAYER = "the layer's definition"
-NETWORKS = "the networks, which saccade does not have yet"
+WEIGHTS = "published weights"
 
 
 @claim(
     "params",
-    {"Tiny": 28_360_168, "Small": 49_745_896, "Base": 87_954_408, "Large": 196_811_752},
-    source="official code",
-    needs=NETWORKS,
+    {
+        "Tiny": 28_360_168,
+        "Small": 49_745_896,
+        "Base": 87_954_408,
+        "Large": 196_811_752,
+        "Huge": 348_922_856,
+        "Giant": 1_406_470_120,
+    },
+    source="official code; for Huge and Giant timm 1.0.31",
 )
-def networks_have_their_sizes() -> None:
+def networks_have_their_sizes() -> dict[str, int]:
     """The networks have so many parameters."""
+    found = {name: f"davit_{name.lower()}" for name in ("Tiny", "Small", "Base", "Large", "Huge", "Giant")}
+    return count_model_parameters(found)
 
 
-@claim(
-    "flops",
-    {"Tiny": 9.044, "Small": 17.546, "Base": 30.948},
-    source="official code, at 224 x 224, a multiply-add as two",
-    needs=NETWORKS,
-)
-def networks_have_their_costs() -> None:
-    """The networks take so many GFLOPs."""
+FLOPS = {
+    "davit_tiny": 9_043_602_432,
+    "davit_small": 17_546_025_984,
+    "davit_base": 30_947_594_240,
+    "davit_large_w12_384": 205_610_409_984,
+}
+
+
+@claim("flops", FLOPS, source="official code, a multiply-add as two, at 224 x 224, Large at 384 x 384")
+def networks_have_their_costs() -> dict[str, int]:
+    """The networks take so many FLOPs for an image."""
+    return measure_model_flops(FLOPS)
 
 
 @claim("params", (0, 0), source=LAYER)
@@ -160,7 +181,7 @@ def logits_grow_with_the_map() -> dict[str, float]:
     "accuracy",
     {"Tiny": 82.8, "Small": 84.2, "Base": 84.6, "Giant": 90.4},
     source="the repository's table, and the abstract; ImageNet top-1",
-    needs="ImageNet, for Giant 1.5 billion images with text, and " + NETWORKS,
+    needs="ImageNet, " + WEIGHTS + ", and for Giant 1.5 billion images with text",
 )
 def networks_are_accurate() -> None:
     """The networks have these accuracies."""
@@ -170,83 +191,82 @@ def networks_are_accurate() -> None:
     "accuracy",
     "each kind alone is less accurate than both",
     source="ablation",
-    needs="ImageNet, and " + NETWORKS,
+    needs="ImageNet, and networks trained without either kind",
 )
 def both_kinds_are_needed() -> None:
     """Leaving out either kind of attention costs accuracy on ImageNet."""
 
 
 def replay(case: Case) -> dict[str, Tensor]:
-    """A SpatialBlock, a ChannelBlock, or the two one after the other, on tokens (B, H W, C)."""
-    kinds = [name for name in _BLOCKS if name in case.cls]
-    if not kinds:
-        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: whole networks come with the backbones")
+    """A DaViT, a SpatialBlock, a ChannelBlock, or the two one after the other, on tokens (B, H W, C)."""
     named = {_WORDS.get(name, name): value for name, value in case.args.items() if name != "to"}  # "padded to 8"
+    case = replace(case, args=named)
+    if "Block" not in case.cls:
+        return replay_network(case, _network(case))
+    kinds = [name for name in _BLOCKS if name in case.cls]
     size = named.pop("size", None)
     if size is None:
         raise InputError(f"{case.key}/{case.name} does not say the size of the map: add size (H, W) to its arguments")
     build: Callable[..., nn.Module] = _dual if len(kinds) == 2 else _BLOCKS[kinds[0]]
-    block = replace(case, args=named).build(build)
+    block = case.build(build)
 
     def forward(state: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": run_official(block, state, inputs["x"].unflatten(1, size)).flatten(1, 2)}
+        renamed = {re.sub(r"\bcpe\.([01])\.", _position, name): tensor for name, tensor in state.items()}
+        return {"y": run_official(block, renamed, inputs["x"].unflatten(1, size)).flatten(1, 2)}
 
     return play(case, forward)
 
 
-class _PositionEncoding(nn.Module):
-    """x + a depthwise 3 x 3 convolution of x, channels last."""
-
-    def __init__(self, dim: int, act: bool) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.activation = nn.GELU() if act else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.activation(self.proj(x.movedim(-1, 1))).movedim(1, -1)
-        return out
+def _position(found: re.Match[str]) -> str:
+    return f"cpe{int(found[1]) + 1}."
 
 
-class _PaddedWindowAttention(WindowAttention):
-    """Window attention on a map that is padded with zeros to whole windows; the zeros take part as keys."""
-
-    def mix(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        assert isinstance(self.window_size, int)
-        below, right = (-length % self.window_size for length in (height, width))
-        return super().mix(F.pad(x, (0, 0, 0, right, 0, below)))[:, :height, :width]
-
-
-class _Block(nn.Module):
-    """Attention of either kind and an MLP, with a position encoding before each; `ffn` leaves the MLP out."""
-
-    def __init__(self, attn: Mixer, mlp_ratio: float, ffn: bool, cpe_act: bool) -> None:
-        super().__init__()
-        dim = attn.dim
-        self.cpe = nn.ModuleList(_PositionEncoding(dim, cpe_act) for _ in range(2))
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim) if ffn else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if ffn else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cpe[0](x)
-        x = self.cpe[1](x + self.attn(self.norm1(x)))
-        return x if self.mlp is None or self.norm2 is None else x + self.mlp(self.norm2(x))
+def _network(case: Case) -> DaViT:
+    """The network of the official state; what its shapes do not show stands in the arguments of the official DaViT."""
+    shapes, args = case.shapes, case.args
+    blocks = [re.match(r"main_blocks\.(\d+)\.(\d+)\.(\d+)\.norm1\.weight", name) for name in shapes]
+    if not any(blocks):
+        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: replay serves DaViT and its blocks")
+    places = [tuple(map(int, found.groups())) for found in blocks if found]
+    stages = range(1 + max(stage for stage, *_ in places))
+    first = "main_blocks.0.0.0"
+    hidden, dim = shapes.get(f"{first}.mlp.fc1.weight", (0, 1))
+    return DaViT(
+        tuple(shapes[f"patch_embeds.{stage}.proj.weight"][0] for stage in stages),
+        tuple(1 + max(dual for number, dual, _ in places if number == stage) for stage in stages),
+        case.per_stage("num_heads", len(stages), (3, 6, 12, 24)),
+        window_size=args.get("window_size", 7),
+        mlp_ratio=args.get("mlp_ratio", hidden / dim),
+        qkv_bias=f"{first}.attn.qkv.bias" in shapes,
+        kinds=args.get("attention_types", ("spatial", "channel"))[: 1 + max(kind for *_, kind in places)],
+        ffn=bool(hidden),
+        overlap=any(shapes[f"patch_embeds.{stage}.proj.weight"][-1] == 3 for stage in stages),
+        position_act=args.get("cpe_act", False),
+        num_classes=shapes.get("head.weight", (0,))[0],
+        in_chans=shapes["patch_embeds.0.proj.weight"][1],
+    )
 
 
 def _spatial(
     dim: int,
     num_heads: int,
-    window_size: int,
+    window_size: int = 7,
     mlp_ratio: float = 4.0,
     qkv_bias: bool = True,
     drop_path: float = 0.0,
     ffn: bool = True,
     cpe_act: bool = False,
-) -> _Block:
-    attn = _PaddedWindowAttention(dim, num_heads, window_size=window_size, position_bias=False, qkv_bias=qkv_bias)
-    return _Block(attn, mlp_ratio, ffn, cpe_act)
+    kind: str = "spatial",
+) -> DaViTBlock:
+    return DaViTBlock(
+        dim,
+        num_heads,
+        kind,
+        window_size=window_size,
+        mlp_ratio=mlp_ratio if ffn else None,
+        qkv_bias=qkv_bias,
+        position_act=cpe_act,
+    )
 
 
 def _channel(
@@ -257,22 +277,23 @@ def _channel(
     drop_path: float = 0.0,
     ffn: bool = True,
     cpe_act: bool = False,
-) -> _Block:
-    return _Block(ChannelAttention(dim, num_heads, qkv_bias=qkv_bias), mlp_ratio, ffn, cpe_act)
+) -> DaViTBlock:
+    return _spatial(dim, num_heads, 7, mlp_ratio, qkv_bias, drop_path, ffn, cpe_act, "channel")
 
 
 def _dual(
     dim: int,
     num_heads: int,
-    window_size: int,
+    window_size: int = 7,
     mlp_ratio: float = 4.0,
     qkv_bias: bool = True,
     drop_path: float = 0.0,
     ffn: bool = True,
     cpe_act: bool = False,
 ) -> nn.Sequential:
-    shared: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "ffn": ffn, "cpe_act": cpe_act}
-    return nn.Sequential(_spatial(dim, num_heads, window_size, **shared), _channel(dim, num_heads, **shared))
+    kinds = ("spatial", "channel")
+    same = (dim, num_heads, window_size, mlp_ratio, qkv_bias, drop_path, ffn, cpe_act)
+    return nn.Sequential(*(_spatial(*same, kind) for kind in kinds))
 
 
 _BLOCKS: dict[str, Callable[..., nn.Module]] = {"SpatialBlock": _spatial, "ChannelBlock": _channel}

@@ -305,7 +305,7 @@ def _from_timm(
 
 def _network(case: Case) -> HaloNet:
     """timm's network of such layers: what shapes show is read from the state, the rest from the words."""
-    shapes = {name.removeprefix("state."): t.shape for name, t in case.tensors.items() if name.startswith("state.")}
+    shapes = case.shapes
     words = str(case.record.get("args") or case.record.get("arguments") or "")
     strides = [int(n) for n in re.findall(r"\bs(?:tride)?['\"]?[=:] ?(\d)", words)]
     names = re.findall(r"^stages\.(\d+)\.(\d+)\.conv1_1x1\.conv\.weight$", "\n".join(shapes), re.M)

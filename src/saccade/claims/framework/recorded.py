@@ -67,6 +67,17 @@ class Case:
         """The results, under their full names: "out.y", "grad.in.x"."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(("out.", "grad."))}
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the official parameters and buffers, without "state." before their names."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("state.")}
+        return {name.removeprefix("state."): tensor.shape for name, tensor in tensors.items()}
+
+    def per_stage(self, name: str, stages: int, default: Any) -> tuple[Any, ...]:
+        """An argument with a value for each stage of a network; one value stands for all."""
+        value = self.args.get(name, default)
+        return tuple(value[:stages]) if isinstance(value, tuple) else (value,) * stages
+
     def build(self, make: Callable[..., T]) -> T:
         """Call `make`, which has the signature of the official class or function, with the recorded arguments."""
         try:
@@ -105,10 +116,13 @@ def read_case(path: str | Path, key: str | None = None) -> Case:
 def parse_args(args: str | Mapping[str, Any]) -> dict[str, Any]:
     """Read recorded arguments: a mapping, or words in which "name value" pairs stand between commas or semicolons.
 
-    Values are Python's numbers, booleans, None, quoted strings and tuples; other words are remarks, and left out.
+    Values are Python's numbers, booleans, None, quoted strings and tuples, numbers one after the other, a tuple too,
+    and "N each", which is N; other words are remarks, and left out.
 
     >>> parse_args("dim 32, kernel_size (5,3), stride 2 (strided query blocks), qkv_bias True; called with H=W=8")
     {'dim': 32, 'kernel_size': (5, 3), 'stride': 2, 'qkv_bias': True, 'H': 8, 'W': 8}
+    >>> parse_args("depths 1 each, heads 2 2 3 3")
+    {'depths': 1, 'heads': (2, 2, 3, 3)}
     """
     if isinstance(args, Mapping):
         return {name: _as_tuple(value) for name, value in args.items()}
@@ -118,16 +132,18 @@ def parse_args(args: str | Mapping[str, Any]) -> dict[str, Any]:
         before = without_remarks
         without_remarks = re.sub(r"\([^()]*\)", lambda group: group[0] if _is_literal(group[0]) else "", before)
     for names, value in _PAIR.findall(without_remarks):
+        value = value.replace(" ", ", ") if _NUMBERS.fullmatch(value) else value
         if _is_literal(value):
             found |= dict.fromkeys(re.findall(r"\w+", names), _as_tuple(ast.literal_eval(value)))
     return found
 
 
+_NUMBERS = re.compile(r"[-\d.]+(?: [-\d.]+)+")
 _PAIR = re.compile(
     r"""
     ((?:[^\W\d]\w*\s*=\s*)+|[^\W\d]\w*\s+)  # name, or several: H=W=8
-    (\((?:[^()]|\([^()]*\))*\)|\[[^\]]*\]|'[^']*'|"[^"]*"|[-+.\w]+)  # value
-    (?=\s*(?:[,;]|$))
+    (\((?:[^()]|\([^()]*\))*\)|\[[^\]]*\]|'[^']*'|"[^"]*"|[-\d.]+(?:[ ][-\d.]+)+|[-+.\w]+)  # value
+    (?=(?:\s+each)?\s*(?:[,;]|$))
     """,
     re.VERBOSE,
 )
