@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import davit, halonet, maxvit, moat, study
+from saccade.backbones import davit, halonet, maxvit, moat, study, volo
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.davit import DaViT
 from saccade.backbones.dynamic_aggregation import (
@@ -28,14 +28,17 @@ from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.moat import MOAT
 from saccade.backbones.study import StudyNet
 from saccade.backbones.variant import ModelSummary, Variant
+from saccade.backbones.volo import VOLO, DenseLogits
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
 from saccade.errors import InputError, check_choice, nearest
 
 __all__ = [
     "MOAT",
+    "VOLO",
     "Backbone",
     "ConvolutionalGLU",
     "DaViT",
+    "DenseLogits",
     "DualPathShuffle",
     "DynamicAggregation",
     "DynamicFusionBlock",
@@ -58,7 +61,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (davit, halonet, maxvit, moat, study)
+_FAMILIES = (davit, halonet, maxvit, moat, study, volo)
 
 
 def list_models(pattern: str = "*") -> list[str]:

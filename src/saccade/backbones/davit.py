@@ -9,7 +9,7 @@ from itertools import cycle
 from torch import Tensor, nn
 
 from saccade.backbones.backbone import Backbone, FeatureInfo
-from saccade.backbones.mlp import Mlp
+from saccade.backbones.mlp import Mlp, init_linear
 from saccade.backbones.patches import Downsample, PatchEmbed, channels_first
 from saccade.backbones.positions import ConvPosition
 from saccade.backbones.residual import DropPath, Stage, drop_path_rates
@@ -84,7 +84,7 @@ class DaViT(Backbone):
         self.pre_logits = nn.LayerNorm(dims[-1])
         self.feature_info = FeatureInfo.of_stages(dims)
         self.first_conv = "patch_embed.proj"
-        self.apply(_init)
+        self.apply(init_linear)
         self.reset_classifier(num_classes)
 
     def run_stages(self, images: Tensor) -> list[Tensor]:
@@ -98,7 +98,7 @@ class DaViT(Backbone):
 
     def init_classifier(self, layer: nn.Module) -> None:
         """As all linear layers start."""
-        _init(layer)
+        init_linear(layer)
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The authors' weights, whose blocks have a number for the dual block and one inside it, and timm's."""
@@ -150,14 +150,6 @@ class DaViTBlock(nn.Module):
         x = self.cpe1(x)
         x = self.cpe2(x + self.drop_path(self.attn(self.norm1(x))))
         return x if self.mlp is None or self.norm2 is None else x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def _init(layer: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02 and biases of 0 for linear layers; others stay."""
-    if isinstance(layer, nn.Linear):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 _BLOCK = re.compile(r"^(?:main_blocks|stages)\.(\d+)(?:\.blocks)?\.(\d+)\.(\d+)\.")  # stage, dual block, kind

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["Mlp"]
+__all__ = ["Mlp", "init_linear"]
 
 
 class Mlp(nn.Module):
@@ -36,3 +36,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
         return out
+
+
+def init_linear(layer: nn.Module) -> None:
+    """Truncated normal weights of standard deviation 0.02 and biases of 0 for linear layers; others stay."""
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

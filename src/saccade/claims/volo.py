@@ -1,20 +1,26 @@
 """VOLO: outlook attention makes the weights of a window from its centre alone."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import tap
+from saccade.backbones import VOLO
 from saccade.claims.framework import (
     Case,
     Paper,
     at_least,
     claim,
+    count_model_parameters,
     equal,
+    measure_model_flops,
     play,
     relative_difference,
+    replay_network,
     rounding,
     run_official,
 )
@@ -31,27 +37,48 @@ PAPER = Paper(
     summary="Outlook attention gives each position a K^2 x K^2 matrix that a linear layer makes from its own "
     "feature, without products of queries and keys; it mixes the values of the window around, and overlapping windows "
     "are summed. It encodes fine detail at 28 x 28 tokens; a plain transformer at 14 x 14 follows.",
-    home=("saccade.mixers.OutlookAttention", "saccade.ops.outlook_attention"),
-    missing=("the networks D1 to D5, with their class attention and token labelling",),
+    home=(
+        "saccade.backbones.VOLO",
+        "saccade.mixers.OutlookAttention",
+        "saccade.ops.outlook_attention",
+        "saccade.training.token_label_loss",
+    ),
     differences=(
         "Official code takes stride 1 by default and gives 2 to every published network; our default is 2.",
         "The paper prints H W K^2 C for the mixing (recalled); the steps take H W K^4 C multiply-adds.",
+        "Official code mixes tokens in training unless told not to, and then returns three things; our networks return "
+        "logits unless mix_tokens=True. Both leave out blocks of attention in training, but none of outlook attention.",
         "Official code refuses sizes whose windows are not ceil(H / stride) in number; ours pads at the end for them.",
     ),
 )
 
 LAYER = "the layer's definition"
-NETWORKS = "the networks D1 to D5, which saccade does not have yet"
 
 
 @claim(
     "params",
     {"D1": 26_632_040, "D2": 58_678_336, "D3": 86_325_072, "D4": 192_961_520, "D5": 295_455_584},
     source="official code, at 224 x 224",
-    needs=NETWORKS,
 )
-def networks_have_their_sizes() -> None:
-    """The networks have so many parameters."""
+def networks_have_their_sizes() -> dict[str, int]:
+    """The networks have so many parameters, the classifier of patches included."""
+    return count_model_parameters({f"D{number}": f"volo_d{number}" for number in range(1, 6)})
+
+
+FLOPS = {
+    "volo_d1": 13_837_483_008,
+    "volo_d1_384": 45_359_121_408,
+    "volo_d2": 28_610_830_336,
+    "volo_d3": 41_464_115_200,
+    "volo_d4": 88_525_965_312,
+    "volo_d5": 144_602_363_904,
+}
+
+
+@claim("flops", FLOPS, source="official code, a multiply-add as two, with the classifier of patches")
+def networks_have_their_costs() -> dict[str, int]:
+    """The networks take so many FLOPs for an image."""
+    return measure_model_flops(FLOPS)
 
 
 @claim("params", (0, 0, 0), source=LAYER)
@@ -171,7 +198,7 @@ def an_edge_and_a_flat_place_have_other_kernels() -> float:
     "accuracy",
     87.1,
     source="abstract and table; D5 at 512 x 512, ImageNet top-1",
-    needs="ImageNet, and " + NETWORKS,
+    needs="ImageNet, and published weights",
 )
 def first_above_87_percent() -> None:
     """D5 is the first network above 87 % on ImageNet without extra data."""
@@ -198,11 +225,62 @@ def digits_from_windows() -> dict[str, float]:
 
 
 def replay(case: Case) -> dict[str, Tensor]:
-    """The OutlookAttention of models/volo.py."""
+    """The OutlookAttention of models/volo.py, and VOLO."""
     if "OutlookAttention" not in case.cls:
-        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: whole networks come with the backbones")
+        return replay_network(case, _network(case))
     layer = case.build(_official)
     return play(case, lambda state, inputs: {"y": run_official(layer, state, inputs["x"])})
+
+
+_WORDS = {
+    "img": "img_size",
+    "patch": "patch_size",
+    "heads": "num_heads",
+    "outlook": "outlook_attention",
+    "mlp": "mlp_ratios",
+}  # of recorded arguments
+
+
+def _network(case: Case) -> VOLO:
+    """The network of the official state; what its shapes do not show stands in the arguments of the official VOLO."""
+    shapes, args = case.shapes, {_WORDS.get(name, name): value for name, value in case.args.items()}
+    case = replace(case, args=args)
+    numbers = sorted({int(name.split(".")[1]) for name in shapes if name.startswith("network.")})
+    if not numbers:
+        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: replay serves VOLO and OutlookAttention")
+    steps = [number for number in numbers if f"network.{number}.proj.weight" in shapes]
+    places = [number for number in numbers if number not in steps]  # of the stages
+    firsts = [f"network.{place}.0" for place in places]
+    hidden = [shapes[f"{first}.mlp.fc1.weight"] for first in firsts]
+    outlook = [f"{first}.attn.v.weight" in shapes for first in firsts]
+    count, stem = len(places), "patch_embed.conv.0.weight"
+    bias = (".attn.v.bias", ".attn.qkv.bias")
+    ratios = case.per_stage("mlp_ratios", count, tuple(width / dim for width, dim in hidden))
+    down = tuple(place + 1 in steps for place in places)
+    patch = 2 * shapes["patch_embed.proj.weight"][-1]
+    model = VOLO(
+        tuple(sum(bool(re.fullmatch(rf"network\.{n}\.\d+\.norm1\.weight", name)) for name in shapes) for n in places),
+        tuple(dim for _, dim in hidden),
+        case.per_stage("num_heads", count, (6, 12, 12, 12)),
+        outlook=tuple(outlook),
+        down=down,
+        mlp_ratio=tuple(map(float, ratios)),
+        stem_dim=shapes[stem][0],
+        patch_size=patch,
+        image_size=shapes["pos_embed"][1] * patch * 2 ** sum(down[: 1 if down[0] else 2]),
+        kernel_size=args.get("out_kernel", 3),
+        stride=args.get("out_stride", 2),
+        padding=args.get("out_padding", 1),
+        qkv_bias=any(f"{first}{name}" in shapes for first in firsts for name in bias),
+        scale=args.get("qk_scale") or None,
+        class_layers=sum(bool(re.fullmatch(r"post_network\.\d+\.norm1\.weight", name)) for name in shapes),
+        dense="aux_head.weight" in shapes,
+        num_classes=shapes.get("head.weight", (0,))[0],
+        in_chans=shapes[stem][1],
+    )
+    if args.get("return_mean"):
+        model.global_pool = model.pools[-1] if model.num_prefix_tokens else "avg"
+    return model
 
 
 def _official(

@@ -12,6 +12,7 @@ from saccade.training.evaluate import Evaluation, evaluate
 from saccade.training.fit import FitResult, fit
 from saccade.training.next_block import NextBlock, next_block
 from saccade.training.settings import TrainSettings
+from saccade.training.token_labels import token_label_loss
 
 __all__ = [
     "Checkpoint",
@@ -29,4 +30,5 @@ __all__ = [
     "noise_tokens",
     "read_checkpoint",
     "save_checkpoint",
+    "token_label_loss",
 ]
