@@ -14,6 +14,7 @@ from saccade.ops import (
     select_top_k,
     sparse_attention,
 )
+from saccade.ops.selection import block_order
 
 
 def make_inputs(space, *, heads=4, kv_heads=2, key_space=None, dim=5, value_dim=3):
@@ -184,3 +185,13 @@ def test_errors_say_what_to_do():
         select_top_k(torch.zeros(1, 1, 2, 2), 1, scope="heads")
     with pytest.raises(InputError, match="above 0 and at most 1"):
         select_mass(torch.zeros(1, 1, 2, 2), 1.5)
+
+
+@pytest.mark.parametrize("space", [(6, 4), (7, 4), (6,), (4, 2, 6)])
+def test_means_of_blocks_whole_or_not(space):
+    block = 2
+    x = torch.randn(2, 3, *space, 5, dtype=torch.float64)
+    rows = block_order(space, block, x.device)
+    flat = x.flatten(2, -2)
+    expected = torch.stack([flat[:, :, row[row >= 0]].mean(2) for row in rows], 2)
+    assert_close(block_means(x, block), expected)

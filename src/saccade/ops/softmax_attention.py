@@ -156,10 +156,11 @@ def fused(
         query, key, value, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     # its strides are the device's choice: a graph whose views rely on them fails where attention is decomposed (ONNX)
-    return out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
+    return out.clone(memory_format=torch.contiguous_format) if is_exporting() else out
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export traces what runs."""
     return getattr(torch.compiler, "is_exporting", lambda: False)()  # torch 2.6 has none
 
 
