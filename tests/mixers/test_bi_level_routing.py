@@ -136,3 +136,89 @@ def test_options_that_make_no_mixer(options, message):
 def test_a_map_that_is_too_small_for_its_regions():
     with pytest.raises(InputError, match="padding='projected' needs a token for each region"):
         make_mixer(padding="projected")(make_input(2, 5))
+
+
+def gather_softly(mixer, x, pool):
+    """The official order of things: regions' keys and values pooled, gathered, multiplied by the regions' weights."""
+    q, k, v = (to_regions(part, (4, 2)) for part in project(mixer, x))  # (B, 9, 8, C)
+    means = [part.mean(2) for part in (q, k)]
+    if not mixer.differentiable:
+        means = [part.detach() for part in means]
+    if mixer.match is not None:
+        means = [mixer.match(part) for part in means]
+    logits, routes = (mixer.scale * means[0] @ means[1].mT).topk(mixer.topk)
+    weights = logits.softmax(-1)[..., None, None] if mixer.soft else 1.0
+    cells = [part.unflatten(2, (4, 2)).permute(0, 1, 4, 2, 3).flatten(0, 1) for part in (k, v)]
+    keys, values = (pool(cell).flatten(2).mT.unflatten(0, (2, 9)) for cell in cells)
+    image = torch.arange(2).view(-1, 1, 1)
+    keys, values = ((part[image, routes] * weights).flatten(2, 3) for part in (keys, values))
+    query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(2, 3) for part in (q, keys, values))
+    out = (mixer.scale * query @ key.mT).softmax(-1) @ value
+    out = out.transpose(2, 3).flatten(3).unflatten(1, (3, 3)).unflatten(3, (4, 2))
+    out = out.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+    return mixer.proj(out + mixer.lepe(project(mixer, x)[2]).movedim(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "pool"),
+    [
+        ({"soft": True}, lambda x: x),
+        ({"soft": True, "differentiable": True, "learned": True}, lambda x: x),
+        ({"learned": True}, lambda x: x),
+        ({"pool": "avg", "pool_size": 1}, lambda x: F.adaptive_avg_pool2d(x, 1)),
+        ({"pool": "max", "pool_size": 3}, lambda x: F.adaptive_max_pool2d(x, 3)),
+        ({"pool": "max", "pool_ratio": 2}, lambda x: F.max_pool2d(x, 2)),
+        ({"pool": "avg", "pool_ratio": 2, "soft": True, "differentiable": True}, lambda x: F.avg_pool2d(x, 2)),
+    ],
+)
+def test_pooled_keys_and_soft_routing_are_those_of_the_official_order(options, pool):
+    mixer, x = make_mixer(**options), make_input(12, 6).requires_grad_()
+    out, expected = mixer(x), gather_softly(mixer, x, pool)
+    assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    leaves = [x, *mixer.parameters()]
+    ours, theirs = (torch.autograd.grad(y, leaves, upstream, allow_unused=True) for y in (out, expected))
+    assert [grad is None for grad in ours] == [grad is None for grad in theirs]
+    assert_close([g for g in ours if g is not None], [g for g in theirs if g is not None])
+
+
+@pytest.mark.parametrize("options", [{"soft": True}, {"pool": "avg", "pool_size": 2}, {"soft": True, "pool": "max"}])
+def test_taps_show_what_soft_routing_and_pooled_keys_take(options):
+    mixer, x = make_mixer(**{"lepe_size": 0, "pool_ratio": 2} | options), make_input(12, 6)
+    with saccade.tap(mixer) as seen:
+        out = mixer(x)
+    weights = seen[""].attention
+    value = project(mixer, x)[2]
+    if "pool" in options:
+        cells = to_regions(value, (4, 2)).unflatten(2, (4, 2)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        cells = F.adaptive_avg_pool2d(cells, 2) if options["pool"] == "avg" else F.max_pool2d(cells, 2)
+        cells = cells.unflatten(0, (2, 3, 3)).permute(0, 3, 1, 4, 2, 5)
+        value = cells.flatten(4, 5).flatten(2, 3)
+    value = value.flatten(2).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    assert_close(out, mixer.proj((weights @ value).transpose(1, 2).flatten(2).unflatten(1, (12, 6))))
+
+
+@pytest.mark.parametrize(
+    ("options", "space", "message"),
+    [
+        ({"pool": "avg"}, (7, 6), "pooled keys need whole regions"),
+        ({"pool": "avg", "pool_ratio": 3}, (6, 6), "take a smaller ratio"),
+        ({"pool": "mean"}, (6, 6), "pool is 'mean'"),
+        ({"pool": "avg", "axes": 1}, (6,), "keys are pooled on maps of two axes"),
+        ({"pool": "avg", "pool_size": 0}, (6, 6), "pool_size"),
+    ],
+)
+def test_pools_that_do_not_fit_are_named(options, space, message):
+    with pytest.raises(InputError, match=message):
+        make_mixer(**options)(make_input(*space))
+
+
+def test_pooled_keys_on_a_padded_map():
+    mixer, x = make_mixer(pool="avg", pool_size=2, padding="input"), make_input(10, 5)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 2))
+    plain = make_mixer(pool="avg", pool_size=2)
+    plain.load_state_dict(mixer.state_dict())
+    assert_close(mixer(x), plain(padded)[:, :10, :5])
+    with saccade.tap(mixer) as seen:
+        mixer(x)
+    assert seen[""].attention.shape == (2, HEADS, 50, 36)
