@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import davit, halonet, maxvit, moat, study, volo
+from saccade.backbones import biformer, davit, halonet, maxvit, moat, study, volo
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
+from saccade.backbones.biformer import BiFormer
 from saccade.backbones.davit import DaViT
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
@@ -36,6 +37,7 @@ __all__ = [
     "MOAT",
     "VOLO",
     "Backbone",
+    "BiFormer",
     "ConvolutionalGLU",
     "DaViT",
     "DenseLogits",
@@ -61,7 +63,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (davit, halonet, maxvit, moat, study, volo)
+_FAMILIES = (biformer, davit, halonet, maxvit, moat, study, volo)
 
 
 def list_models(pattern: str = "*") -> list[str]:

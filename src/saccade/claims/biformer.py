@@ -1,20 +1,27 @@
 """BiFormer: regions choose regions by content, then ordinary attention over the tokens of the chosen ones."""
 
+import re
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.backbones import BiFormer
 from saccade.claims.framework import (
     Case,
     Paper,
     at_least,
     at_most,
     claim,
+    count_model_parameters,
     equal,
+    measure_model_flops,
     play,
     relative_difference,
+    replay_network,
     rounding,
     run_official,
 )
@@ -23,7 +30,7 @@ from saccade.errors import InputError
 from saccade.measure import count_flops, fit_exponent
 from saccade.mixers import BiLevelRoutingAttention
 from saccade.mixers.mixer import split_heads
-from saccade.ops import region_scores, route_regions, sparse_attention
+from saccade.ops import route_regions, sparse_attention
 
 PAPER = Paper(
     title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
@@ -32,23 +39,19 @@ PAPER = Paper(
     summary="The map is cut into S x S regions, and each region keeps the k regions whose mean key best matches its "
     "mean query; then ordinary token-to-token attention runs over the gathered tokens of those k regions. Only dense "
     "matrix products and one gather are needed.",
-    home=("saccade.mixers.BiLevelRoutingAttention", "saccade.ops.route_regions"),
-    missing=(
-        "the networks BiFormer-T, -S, -B and -STL",
-        "soft routing and pooled keys, options of the official layer which no published network uses",
-    ),
+    home=("saccade.backbones.BiFormer", "saccade.mixers.BiLevelRoutingAttention", "saccade.ops.route_regions"),
     differences=(
         "Official code scales by the whole width, C^-0.5, and not by a head's, to keep old weights; so do we.",
         "Official code refuses a map that S does not divide, or appends zeros which are attended to: before the "
         "projection in the older layer (auto_pad), after it in the newer one. By default ours has smaller regions at "
         "the end; padding='input' and padding='projected' are the two official ways.",
+        "The last stage's attention has 8 heads whatever the width, in STL too, where that is uncertain: dense_heads.",
         "Official code calls one projection qkv.qkv or qkv_linear, the other wo or output_linear.",
     ),
 )
 
 LAYER = "the layer's definition"
 README = "README of the repository"
-NETWORKS = "the networks, which saccade does not have yet"
 SPACE, REGION = (8, 12), (2, 3)  # 4 x 4 regions
 
 
@@ -56,20 +59,30 @@ SPACE, REGION = (8, 12), (2, 3)  # 4 x 4 regions
     "params",
     {"T": 13_142_760, "S": 25_536_232, "B": 56_804_968, "STL": 28_372_552},
     source="official code, counted",
-    needs=NETWORKS,
 )
-def networks_have_their_sizes() -> None:
-    """The networks have so many parameters, 13.1, 25.5, 56.8 and 28.4 million."""
+def networks_have_their_sizes() -> dict[str, int]:
+    """The networks have so many parameters, published as 13.1, 25.5, 56.8 and 28.4 million."""
+    names = {"T": "biformer_tiny", "S": "biformer_small", "B": "biformer_base", "STL": "biformer_stl"}
+    return count_model_parameters(names)
+
+
+FLOPS = {
+    "biformer_tiny": 4_431_803_136,
+    "biformer_small": 8_927_259_136,
+    "biformer_base": 19_517_980_416,
+    "biformer_stl": 9_147_748_992,
+}
 
 
 @claim(
     "flops",
-    {"T": 4.432, "S": 8.927, "B": 19.518, "STL": 9.148},
-    source="official code, counted; GFLOPs at 224 x 224, published as 2.2, 4.5, 9.8 and 4.6 G multiply-adds",
-    needs=NETWORKS,
+    FLOPS,
+    source="official code, counted at 224 x 224, a multiply-add as two; published as 2.2, 4.5, 9.8 and 4.6 G "
+    "multiply-adds",
 )
-def networks_have_their_costs() -> None:
-    """The networks take so many GFLOPs for an image."""
+def networks_have_their_costs() -> dict[str, int]:
+    """The networks take so many FLOPs for an image."""
+    return measure_model_flops(FLOPS)
 
 
 @claim("complexity", (0, 0, 0), source="complexity of the layer")
@@ -178,7 +191,7 @@ def an_output_depends_on_its_routed_regions_alone() -> int:
     "accuracy",
     {"T": 81.4, "S": 83.8, "B": 84.3, "STL": 82.7},
     source=README + "; ImageNet top-1",
-    needs="ImageNet, and " + NETWORKS,
+    needs="ImageNet, and published weights",
 )
 def networks_are_accurate() -> None:
     """Top-1 accuracy of the networks on ImageNet."""
@@ -210,9 +223,9 @@ def more_routes_find_the_twin() -> dict[str, float]:
 
 
 def replay(case: Case) -> dict[str, Tensor]:
-    """BiLevelRoutingAttention of bra_legacy (channels last) and nchwBRA of bra_nchw (channels first)."""
+    """BiLevelRoutingAttention of bra_legacy (channels last), nchwBRA of bra_nchw (channels first), and networks."""
     if "BiLevelRoutingAttention" not in case.cls and "nchwBRA" not in case.cls:
-        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: whole networks come with the backbones")
+        return replay_network(case, _network(case))
     channels = 1 if "nchw" in case.cls else -1
     layer = _Watched(case.build(_from_nchw if channels == 1 else _from_legacy), channels)
 
@@ -221,6 +234,96 @@ def replay(case: Case) -> dict[str, Tensor]:
         return {name: output for name, output in outputs.items() if f"out.{name}" in case.expected}
 
     return play(case, forward)
+
+
+def _network(case: Case) -> BiFormer:
+    """The network of the official state; what its shapes do not show stands in the arguments of the official one."""
+    shapes, args = case.shapes, case.args
+    case = replace(case, args=args)
+    blocks = [re.match(r"stages\.(\d+)\.(?:blocks\.)?\d+\.norm1\.weight", name) for name in shapes]
+    depths = Counter(int(found[1]) for found in blocks if found)
+    if not depths:
+        raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: replay serves BiFormer and its attention")
+    for name in ("mlp_dwconv", "pe", "representation_size"):
+        if args.get(name):
+            raise InputError(f"{name} is {args[name]}: no published network has it, and neither has ours")
+    if not args.get("pre_norm", True):
+        raise InputError("pre_norm is False: our blocks have norms before their branches, as all published networks")
+    count = len(depths)
+    within = "blocks." if any(re.match(r"stages\.0\.blocks\.", name) for name in shapes) else ""
+
+    def shape(stage: int, layer: str) -> torch.Size | None:
+        return shapes.get(f"stages.{stage}.{within}0.{layer}")
+
+    dims = tuple(shapes[f"stages.{stage}.{within}0.norm1.weight"][0] for stage in range(count))
+    hidden = [shapes[f"stages.{stage}.{within}0.mlp.0.weight"][0] for stage in range(count)]
+    qkv = [shape(n, "attn.qkv.qkv.weight") or shape(n, "attn.qkv_linear.weight") for n in range(count)]
+    first = shapes["downsample_layers.0.0.weight"]
+    lepe = [kernel[-1] for n in range(count) if (kernel := shape(n, "attn.lepe.weight"))]
+    position = shape(0, "pos_embed.weight")
+    scale = shape(0, "gamma1")
+    newer = any("qkv_linear" in name for name in shapes)
+    per_stage = {
+        name: case.per_stage(plural, count, args.get(name, default))
+        for name, plural, default in (
+            ("kv_per_win", "kv_per_wins", (2, 2, -1, -1)),
+            ("kv_downsample_ratio", "kv_downsample_ratios", (4, 2, 1, 1)),
+        )
+    }
+    shared = {name: args.get(name, False) for name in ("param_routing", "diff_routing", "soft_routing")}
+    mode = "identity" if newer else args.get("kv_downsample_mode", "identity")
+    own = [{name: values[stage] for name, values in per_stage.items()} for stage in range(count)]
+    return BiFormer(
+        dims,
+        tuple(depths[stage] for stage in range(count)),
+        topks=case.per_stage("topks", count, (1, 4, 16, -2)),
+        num_regions=args.get("n_win", 7),
+        head_dim=args.get("head_dim", 32),
+        dense_heads=args.get("num_heads", 8),
+        qk_dims=tuple((each[0] - dim) // 2 if each else dim for each, dim in zip(qkv, dims)),
+        scale=args.get("qk_scale") or None,
+        mlp_ratio=tuple(width / dim for width, dim in zip(hidden, dims)),
+        lepe_size=lepe[0] if lepe else 0,
+        position_size=position[-1] if position else 0,
+        stem="patch" if first[-1] == 4 else "conv",
+        padding="projected" if newer else "input" if args.get("auto_pad") else "none",
+        route_options=tuple(
+            _options(mode, **each, **shared) | {"out_proj": args.get("param_attention", "qkvo") == "qkvo"}
+            for each in own
+        ),
+        layer_scale=1.0 if scale else None,
+        num_classes=shapes.get("head.weight", (0,))[0],
+        in_chans=first[1],
+    )
+
+
+def _options(
+    kv_downsample_mode: str,
+    kv_per_win: int | None,
+    kv_downsample_ratio: int,
+    param_routing: bool,
+    diff_routing: bool,
+    soft_routing: bool,
+) -> dict[str, Any]:
+    """Our options for pooled keys and routing with weights."""
+    if kv_downsample_mode not in _POOLS:
+        raise InputError(f"kv_downsample_mode is {kv_downsample_mode!r}: official code has {', '.join(_POOLS)}")
+    if diff_routing and not soft_routing:
+        raise InputError("diff_routing is set without soft_routing: official code does not implement it")
+    pool = _POOLS[kv_downsample_mode]
+    if kv_downsample_mode in ("avgpool", "maxpool") and kv_downsample_ratio <= 1:
+        pool = None
+    return {
+        "pool": pool,
+        "pool_size": kv_per_win if kv_downsample_mode.startswith("ada") else None,
+        "pool_ratio": max(1, kv_downsample_ratio),
+        "learned": param_routing,
+        "differentiable": diff_routing,
+        "soft": soft_routing,
+    }
+
+
+_POOLS = {"identity": None, "ada_avgpool": "avg", "ada_maxpool": "max", "avgpool": "avg", "maxpool": "max"}
 
 
 class _Watched(nn.Module):
@@ -234,14 +337,12 @@ class _Watched(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = x.movedim(self.channels, -1)
         query, key, _ = self.layer.project(self.layer.pad_input(x))
-        routes = self.layer.route(query, key).blocks[:, 0]
-        query, key = (split_heads(part, self.layer.num_heads) for part in (query, key))
-        scores = self.layer.scale * region_scores(query, key, self.layer.region_size(tuple(query.shape[2:-1])))[:, 0]
-        weights = scores.gather(-1, routes).softmax(-1)
-        return {"y": self.layer(x).movedim(-1, self.channels), "r_weight": weights, "r_idx": routes.int()}
+        routes = self.layer.route(query, key).blocks
+        weights = self.layer.scores(query, key).gather(-1, routes).softmax(-1)[:, 0]
+        return {"y": self.layer(x).movedim(-1, self.channels), "r_weight": weights, "r_idx": routes[:, 0].int()}
 
 
-_NAMES = {"qkv.qkv": "qkv", "qkv_linear": "qkv", "wo": "proj", "output_linear": "proj"}
+_NAMES = {"router.emb": "match", "qkv.qkv": "qkv", "qkv_linear": "qkv", "wo": "proj", "output_linear": "proj"}
 
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,17 +375,7 @@ def _from_legacy(
     auto_pad: bool = False,
 ) -> BiLevelRoutingAttention:
     """The layer with the arguments of bra_legacy's BiLevelRoutingAttention."""
-    given = {
-        "kv_downsample_mode": kv_downsample_mode != "identity",
-        "param_routing": param_routing,
-        "diff_routing": diff_routing,
-        "soft_routing": soft_routing,
-    }
-    for name, asked in given.items():
-        if asked:
-            raise InputError(
-                f"{name} is set: pooled keys and soft routing do not work yet; no published network has them"
-            )
+    options = _options(kv_downsample_mode, kv_per_win, kv_downsample_ratio, param_routing, diff_routing, soft_routing)
     return BiLevelRoutingAttention(
         dim,
         num_heads,
@@ -295,6 +386,7 @@ def _from_legacy(
         lepe_size=side_dwconv,
         padding="input" if auto_pad else "none",
         out_proj=param_attention == "qkvo",
+        **options,
     )
 
 
