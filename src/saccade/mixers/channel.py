@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import taps
-from saccade.mixers.mixer import Mixer, choose_heads, merge_heads, split_heads
+from saccade.mixers.mixer import Mixer, choose_heads, merge_heads
 from saccade.ops import channel_attention, channel_attention_weights
 
 __all__ = ["ChannelAttention"]
@@ -52,7 +52,8 @@ class ChannelAttention(Mixer):
         return rest.unflatten(1, x.shape[1:-1]), first
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        value, query, key = (split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, -1))
+        parts = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        value, query, key = parts.contiguous().unbind(0)  # one copy here, or one for each product of matrices
         taps.record(self, "gate", lambda: channel_attention_weights(query, key, scale=self.scale))
         taps.record(self, "attention", lambda: torch.eye(value.shape[2]).to(value).expand(*value.shape[:2], -1, -1))
         out = merge_heads(channel_attention(query, key, value, scale=self.scale))

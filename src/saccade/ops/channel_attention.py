@@ -1,10 +1,10 @@
 """Channel attention (DaViT, Ding et al., 2022, arXiv:2204.03645): the channels of a head are the tokens, and the
 positions their features."""
 
+import torch
 from torch import Tensor
 
 from saccade.ops.check import check_attention
-from saccade.ops.softmax_attention import attention_weights
 
 __all__ = ["channel_attention", "channel_attention_weights"]
 
@@ -24,7 +24,6 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
     Returns: (B, heads, N, D) in the dtype of the inputs.
     Raises: InputError for shapes that do not fit together.
 
-    >>> import torch
     >>> x = torch.tensor([[[[0.0, 4.0], [2.0, 2.0]]]])
     >>> channel_attention(torch.zeros_like(x), x, x).flatten()  # no preference: the mean of the channels
     tensor([2., 2., 2., 2.])
@@ -38,4 +37,5 @@ def channel_attention_weights(query: Tensor, key: Tensor, *, scale: float | None
     """Form the weights of channel attention, (B, heads, D, D): a row for each channel of the output, with sum 1."""
     check_attention(query, key, key, axes=1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attention_weights(query.mT, key.mT, None, scale)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return ((query.to(dtype) * scale).mT @ key.to(dtype)).softmax(-1)
