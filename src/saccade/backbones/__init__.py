@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.backbones import biformer, davit, halonet, maxvit, moat, study, volo
+from saccade.backbones import halonet, maxvit, moat, study, transnext
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.davit import DaViT
@@ -28,6 +29,7 @@ from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.moat import MOAT
 from saccade.backbones.study import StudyNet
+from saccade.backbones.transnext import TransNeXt
 from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.volo import VOLO, DenseLogits
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
@@ -55,6 +57,7 @@ __all__ = [
     "ModelSummary",
     "SpatialGatedUnit",
     "StudyNet",
+    "TransNeXt",
     "Variant",
     "closest_model",
     "create_model",
@@ -64,6 +67,7 @@ __all__ = [
 ]
 
 _FAMILIES = (biformer, davit, halonet, maxvit, moat, study, volo)
+_FAMILIES = (halonet, maxvit, moat, study, transnext)
 
 
 def list_models(pattern: str = "*") -> list[str]:
