@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.backbones import biformer, davit, halonet, maxvit, moat, study, volo
 from saccade.backbones import halonet, maxvit, moat, study, transnext
+from saccade.backbones import halonet, maxvit, moat, sparsifiner, study, transnext
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.davit import DaViT
@@ -28,6 +29,7 @@ from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.moat import MOAT
+from saccade.backbones.sparsifiner import Sparsifiner
 from saccade.backbones.study import StudyNet
 from saccade.backbones.transnext import TransNeXt
 from saccade.backbones.variant import ModelSummary, Variant
@@ -55,6 +57,7 @@ __all__ = [
     "LoadedModel",
     "MaxViT",
     "ModelSummary",
+    "Sparsifiner",
     "SpatialGatedUnit",
     "StudyNet",
     "TransNeXt",
@@ -68,6 +71,7 @@ __all__ = [
 
 _FAMILIES = (biformer, davit, halonet, maxvit, moat, study, volo)
 _FAMILIES = (halonet, maxvit, moat, study, transnext)
+_FAMILIES = (halonet, maxvit, moat, sparsifiner, study, transnext)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -93,11 +93,6 @@ class Isotropic(Backbone):
 
     def run_tokens(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """(B, in_chans, H, W) to the tokens after each block, the last with its norm, and the map's (height, width)."""
-        if min(images.shape[2:]) < self.patch_size:
-            raise InputError(
-                f"images is {tuple(images.shape)}: a patch has {self.patch_size} x {self.patch_size} pixels. "
-                "Give images of one patch at least"
-            )
         x, prefix = self.embed(images)
         space = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
@@ -137,3 +132,11 @@ class Isotropic(Backbone):
         if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
             return resize_positions(tensor, self.space)
         return tensor
+
+    def _check(self, images: Tensor) -> None:
+        super()._check(images)
+        if min(images.shape[2:]) < self.patch_size:
+            raise InputError(
+                f"images is {tuple(images.shape)}: a patch has {self.patch_size} x {self.patch_size} pixels. "
+                "Give images of one patch at least"
+            )

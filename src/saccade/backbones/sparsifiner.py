@@ -5,6 +5,7 @@ The names are those of official weights.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.mlp import Mlp
 from saccade.backbones.residual import Block, drop_path_rates
+from saccade.backbones.variant import Variant
 from saccade.errors import InputError
 from saccade.mixers.low_rank_connectivity import Connected, LowRankConnectivityAttention
+from saccade.ops import select_top_k
 
-__all__ = ["PruningBlock", "Sparsifiner", "SparsifinerResult", "prune_tokens"]
+__all__ = ["VARIANTS", "PruningBlock", "Sparsifiner", "SparsifinerResult", "prune_tokens"]
 
 
 class SparsifinerResult(NamedTuple):
@@ -49,11 +52,10 @@ def prune_tokens(attention: Tensor, count: int, alive: Tensor | None = None) -> 
     >>> prune_tokens(torch.tensor([[[0.1, 0.5, 0.4]]]), 2)
     tensor([[False,  True,  True]])
     """
-    score = attention.detach().mean(1)
+    score = attention.mean(1)
     score = score if alive is None else score.masked_fill(~alive, -torch.inf)
-    best = torch.sort(score, dim=-1, descending=True, stable=True)
-    kept = best.values[:, :count] != -torch.inf
-    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best.indices[:, :count], kept)
+    chosen = select_top_k(score[:, None, None], count, key_size=score.shape[1:])
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, chosen.blocks[:, 0, 0], chosen.used[:, 0, 0])
 
 
 class PruningBlock(Block):
@@ -103,11 +105,15 @@ class PruningBlock(Block):
 class Sparsifiner(Isotropic):
     """Vision transformer whose tokens see predicted keys; its published sizes are those of DeiT.
 
+    Images of another size are served by resizing positions and the predictors' bases as they come; a network that is
+    built for another size has predictors of another rank, which published weights do not fit.
+
     Args:
         dim, depth, num_heads, mlp_ratio: of the transformer.
         keep_tokens: block -> share of all patches that it keeps.
         keep_rate: share of all tokens that a token sees, one number or one a block.
-        attention_options: other options of `LowRankConnectivityAttention`.
+        attention_options: other options of `LowRankConnectivityAttention`. Unless they say otherwise, the class token
+            competes with the patches for a place among a patch's keys, as published weights expect.
         drop_path_rate: probability of leaving the last block's branches out; earlier ones grow towards it linearly.
         image_size, patch_size, num_classes, in_chans: as for `Isotropic`.
     """
@@ -135,7 +141,8 @@ class Sparsifiner(Isotropic):
         if not set(keep) <= set(range(depth)):
             raise InputError(f"keep_tokens is {dict(keep)}: blocks have numbers 0 to {depth - 1}")
         drops = drop_path_rates(drop_path_rate, (depth,))[0]
-        options = {"size": image_size // patch_size, "mlp_ratio": mlp_ratio, **(attention_options or {})}
+        options = {"size": image_size // patch_size, "mlp_ratio": mlp_ratio, "keep_prefix": False}
+        options |= attention_options or {}
         super().__init__(
             lambda block: PruningBlock(
                 dim,
@@ -177,3 +184,14 @@ class Sparsifiner(Isotropic):
             alive_after.append(alive)
         tokens[-1] = self.norm(x)
         return tokens, layers, alive_after, space
+
+
+VARIANTS = {
+    "sparsifiner_test": Variant(
+        partial(Sparsifiner, dim=48, depth=3, num_heads=3, image_size=64, patch_size=8, keep_tokens={1: 0.7}),
+        image_size=64,
+    ),
+    "sparsifiner_tiny": Variant(partial(Sparsifiner, dim=192, num_heads=3)),
+    "sparsifiner_small": Variant(partial(Sparsifiner)),
+    "sparsifiner_base": Variant(partial(Sparsifiner, dim=768, num_heads=12)),
+}

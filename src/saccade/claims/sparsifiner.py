@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import tap
-from saccade.backbones.sparsifiner import PruningBlock, Sparsifiner
+from saccade.backbones import Sparsifiner, describe_model
+from saccade.backbones.sparsifiner import PruningBlock
 from saccade.claims.framework import (
     Case,
     Paper,
     at_least,
     at_most,
     claim,
+    count_model_parameters,
     equal,
     play,
     relative_difference,
@@ -40,31 +42,27 @@ PAPER = Paper(
     home=(
         "saccade.mixers.LowRankConnectivityAttention",
         "saccade.ops.predict_connectivity",
-        "saccade.backbones.sparsifiner.Sparsifiner",
+        "saccade.backbones.Sparsifiner",
     ),
-    missing=(
-        "the networks of DeiT's sizes under names of `create_model`",
-        "the training in two phases beside a dense teacher",
-    ),
+    missing=("the training in two phases beside a dense teacher",),
     differences=(
         "Official code scales the products of the guess by heads^-0.5 and not by a width; so do we, since its weights "
         "want it.",
         "The class token competes with the patches for a place among a patch's keys. In all our mixers it is seen by "
-        "all: replay asks for the official way with keep_prefix=False.",
+        "all; the networks and replay ask for the official way with keep_prefix=False.",
         "Official code computes all N x N products and masks them; ours computes the chosen ones.",
         "A predictor is made for one size of the map; ours resizes its bases linearly for another.",
     ),
 )
 
 LAYER = "the layer's definition"
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 DEIT_SMALL = 22_050_664
 
 
 @claim("params", {"tiny": 5_918_632, "small": 22_251_880, "base": 86_768_872}, source="official networks, counted")
 def networks_have_their_sizes() -> dict[str, int]:
     """The networks have so many parameters."""
-    return {name: _count_network(*size) for name, size in SIZES.items()}
+    return count_model_parameters({size: f"sparsifiner_{size}" for size in ("tiny", "small", "base")})
 
 
 @claim("params", {"block": 16_768, "network": 201_216}, source="official networks, counted")
@@ -75,7 +73,7 @@ def the_predictor_is_small() -> dict[str, int]:
         layer = LowRankConnectivityAttention(384, 6, num_prefix=1)
     return {
         "block": count_parameters(layer.mask_predictor),
-        "network": _count_network(*SIZES["small"]) - DEIT_SMALL,
+        "network": describe_model("sparsifiner_small").params - DEIT_SMALL,
     }
 
 
@@ -324,11 +322,6 @@ def _read_options(case: Case) -> dict[str, Any]:
         "keep_tokens": {block: keep[block] for block in blocks},
         "attention_options": attention,
     }
-
-
-def _count_network(dim: int, heads: int) -> int:
-    with torch.device("meta"):
-        return count_parameters(Sparsifiner(dim=dim, num_heads=heads))
 
 
 def _layer(**options: Any) -> LowRankConnectivityAttention:
