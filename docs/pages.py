@@ -29,6 +29,7 @@ __all__ = [
     "network_table",
     "paper_pages",
     "reference_pages",
+    "timed_networks",
     "write_pages",
 ]
 
@@ -37,7 +38,11 @@ ROOT = Path(__file__).parent.parent
 
 def write_pages(folder: Path) -> None:
     """Write all generated pages into `folder`; those that have not changed stay as they are, so Sphinx skips them."""
-    tables = {"parts/networks.md": network_table(), "parts/kernels.md": kernel_table()}
+    tables = {
+        "parts/kernels.md": kernel_table(),
+        "parts/networks.md": network_table(),
+        "parts/networks_timed.md": timed_networks(),
+    }
     wanted = {"parts/commands.md": command_page(), **tables, **reference_pages(), **paper_pages()}
     for old in folder.rglob("*.*"):
         if old.relative_to(folder).as_posix() not in wanted:
@@ -104,6 +109,26 @@ def network_table() -> str:
         rows.append((each.family, f"`{name}`", f"{each.params / 1e6:.2f} M", str(each.image_size), *can))
     head = ("family", "network", "parameters", "image size", "`torch.compile`", "`torch.export`", "ONNX")
     return _table(head, rows)
+
+
+def timed_networks() -> str:
+    """What `benchmarks/backbones.py` wrote: for each network how it compares with timm's."""
+    file = ROOT / "benchmarks" / "results" / "backbones_cpu.csv"
+    if not file.exists():
+        return "No table has been written yet.\n"
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    found = (
+        (
+            f"`{row['network']}`",
+            f"{row['batch']} x {row['pixels']} px",
+            *(_both(row, name) for name in ("speed-up", "memory")),
+        )
+        for row in rows
+    )
+    threads, torches = ({row[name] for row in rows} for name in ("threads", "torch"))
+    said = f"CPU threads: {' or '.join(sorted(threads))}; torch {' or '.join(sorted(torches))}; fp32.\n\n"
+    return said + _table(("network", "images", "times faster", "peak memory"), found)
 
 
 # The reference
