@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import biformer, davit, halonet, maxvit, moat, study, volo
-from saccade.backbones import halonet, maxvit, moat, study, transnext
-from saccade.backbones import halonet, maxvit, moat, sparsifiner, study, transnext
+from saccade.backbones import biformer, davit, halonet, maxvit, moat, sparsifiner, study, transnext, volo
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.davit import DaViT
@@ -69,9 +67,17 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (biformer, davit, halonet, maxvit, moat, study, volo)
-_FAMILIES = (halonet, maxvit, moat, study, transnext)
-_FAMILIES = (halonet, maxvit, moat, sparsifiner, study, transnext)
+_FAMILIES = (
+    biformer,
+    davit,
+    halonet,
+    maxvit,
+    moat,
+    sparsifiner,
+    study,
+    transnext,
+    volo,
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:
