@@ -148,7 +148,7 @@ def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     misshapen = [name for name in own if name in given and given[name].shape != own[name].shape]
     shapes = [f"{name} is {tuple(given[name].shape)}, not {tuple(own[name].shape)}" for name in misshapen]
     missing = [name for name in own if name not in given]
-    unexpected = sorted(name for name in given if name not in own)  # files keep no order
+    unexpected = [name for name in given if name not in own]
     return "; ".join(
         f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))

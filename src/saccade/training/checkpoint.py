@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
     beside = path.with_suffix(".json")
     config = _read_config(path, beside, data) if beside.is_file() else {}
     try:
-        return Checkpoint(load(data), config)
+        return Checkpoint(dict(sorted(load(data).items())), config)  # the file keeps no order
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
 
