@@ -15,7 +15,12 @@ from saccade.claims.framework.claim import (
     rounding,
     show_value,
 )
-from saccade.claims.framework.networks import count_model_parameters, measure_model_flops, replay_network
+from saccade.claims.framework.networks import (
+    count_model_parameters,
+    measure_model_flops,
+    read_norm_eps,
+    replay_network,
+)
 from saccade.claims.framework.recorded import (
     Case,
     Match,
@@ -48,6 +53,7 @@ __all__ = [
     "parse_args",
     "play",
     "read_case",
+    "read_norm_eps",
     "relative_difference",
     "replay_network",
     "replay_parts",

@@ -1,5 +1,6 @@
 """Claims about whole networks: their parameters and FLOPs by name, and replay of recorded outputs."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from saccade.backbones.weights import fit_weights
 from saccade.claims.framework.recorded import Case, play, run_official
 from saccade.measure import count_flops
 
-__all__ = ["count_model_parameters", "measure_model_flops", "replay_network"]
+__all__ = ["count_model_parameters", "measure_model_flops", "read_norm_eps", "replay_network"]
 
 
 def count_model_parameters(models: Mapping[str, str], **options: Any) -> dict[str, int]:
@@ -49,3 +50,13 @@ def replay_network(case: Case, model: Backbone) -> dict[str, Tensor]:
         return {"y": run_official(model, fit_weights(model, state), inputs["x"])}
 
     return play(case, forward)
+
+
+def read_norm_eps(norm: object, default: float) -> float:
+    """The eps of norms in the words of a recorded argument, such as "LayerNorm eps 1e-6".
+
+    >>> read_norm_eps("LayerNorm eps 1e-6", 1e-5), read_norm_eps(None, 1e-5)
+    (1e-06, 1e-05)
+    """
+    found = re.search(r"eps\W*([-.\de]+)", str(norm))
+    return float(found[1]) if found else default

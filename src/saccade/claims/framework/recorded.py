@@ -1,8 +1,9 @@
 """Recorded cases of official code: reading one, running our module on it, comparing the results.
 
 A case is NAME.safetensors with NAME.json beside it. Tensors are called `state.*` (official parameters and buffers),
-`in.*`, `out.*`, and `grad.in.*` or `grad.state.*`: gradients of the sum of out * in.cotangent over the outputs that
-have a cotangent. The JSON file says which class ran, and with which arguments.
+`in.*`, `out.*`, and `grad.in.*` (or `grad.*`) and `grad.state.*`: gradients of the sum of out * in.cotangent over the
+outputs that have a cotangent, or of the plain sum of all outputs where none is recorded. The JSON file says which class
+ran, and with which arguments.
 """
 
 import ast
@@ -168,11 +169,11 @@ def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
         case: its `state.*` and `in.*` go to `forward` without these words, under their official names. Renaming and
             reshaping the state inside `forward` is differentiated too, so that gradients come out in official shapes.
         forward: returns outputs by name, without "out.". Where one `cotangent` is recorded and not one an output, it
-            belongs to the first.
+            belongs to the first; where none is, gradients are of the plain sum of all outputs.
     """
-    wanted = [name for name in case.expected if name.startswith("grad.")]
+    wanted = {name: _source(name) for name in case.expected if name.startswith("grad.")}
     leaves = {  # running means and the like must not ask for a gradient
-        name: tensor.clone().requires_grad_(f"grad.{name}" in wanted)
+        name: tensor.clone().requires_grad_(name in wanted.values())
         for name, tensor in case.tensors.items()
         if name.startswith(("state.", "in."))
     }
@@ -187,11 +188,19 @@ def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
         cotangents = {name: inputs.get(f"cotangent.{name}") for name in outputs}
         if "cotangent" in inputs:
             cotangents[next(iter(outputs))] = inputs["cotangent"]
+        if not any(name.startswith("cotangent") for name in inputs):
+            cotangents = {name: torch.ones_like(output) for name, output in outputs.items()}
         loss = sum((outputs[name] * given).sum() for name, given in cotangents.items() if given is not None)
-        sources = [leaves[name.removeprefix("grad.")] for name in wanted]
+        sources = [leaves[name] for name in wanted.values()]
         grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
         results |= dict(zip(wanted, grads))
     return results
+
+
+def _source(grad: str) -> str:
+    """The tensor that a recorded gradient belongs to: "in.x" for "grad.in.x" and for "grad.x"."""
+    name = grad.removeprefix("grad.")
+    return name if name.startswith(("in.", "state.")) else f"in.{name}"
 
 
 def replay_parts(case: Case, args: Mapping[str, Mapping[str, Any]], replay: Callable[[Case], Tensors]) -> Tensors:
