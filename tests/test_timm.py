@@ -46,7 +46,16 @@ TIMMS = {"maxvit_tiny": "maxvit_tiny_tf_224"}  # what timm calls networks that h
 
 @pytest.mark.parametrize(
     "name",
-    ["halonet26t", "halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b", "halonet_h1", "maxvit_tiny"],
+    [
+        "eca_halonext26ts",
+        "focalnet_tiny_srf",
+        "halonet26t",
+        "halonet50ts",
+        "halonet_h1",
+        "haloregnetz_b",
+        "maxvit_tiny",
+        "sehalonet33ts",
+    ],
 )
 @pytest.mark.slow
 def test_outputs_are_those_of_timms_network_with_its_weights(name, tmp_path):

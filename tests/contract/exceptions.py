@@ -26,6 +26,7 @@ VARIANTS = {
         {"rules": ElasticSpan(2, 0, 2), "sinks": 0},
     ],
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
+    "focal_modulation": [{"focal_window": 5, "focal_levels": 2, "normalize": True, "post_norm": True}],
     "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
     "grid": [{"num_heads": 2, "position_bias": False}, {"num_windows": 2}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
@@ -69,6 +70,7 @@ NO_PREFIX = {
     "chunked_history": "a token that all see would tell early chunks of later ones",
     "depthwise_conv": "fixed local weights know no token outside the map",
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
+    "focal_modulation": "context is gathered by convolutions, and a token outside the map has no place in them",
     "fourier_filter": "a token outside the map has no place in its spectrum",
     "halo": "HaloNet has no class token, and its padded keys leave no place for one",
     "length_scaled": "its position bias is made of places of the map",
@@ -104,6 +106,11 @@ AVERAGED = dict.fromkeys(
     ("depthwise_conv", "fourier_filter"), "a matrix for each channel would take C times the memory: it gives their mean"
 )
 """Mixers whose token matrix is a mean over channels, which no single channel follows."""
+
+BEYOND = {
+    "focal_modulation": "its matrix makes the modulator of each channel; tests/mixers/test_focal_modulation.py",
+}
+"""Mixers whose output is more than a token matrix times values: tests of their own say what it is made of."""
 
 NO_SOFTMAX = {
     "aggregated": "the query adds weights of its own to the values of the window",

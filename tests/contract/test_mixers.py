@@ -14,6 +14,7 @@ from saccade.errors import InputError
 from saccade.mixers import create_mixer, describe_mixer
 from tests.contract.exceptions import (
     AVERAGED,
+    BEYOND,
     CHOOSES_ALL,
     IMAGES_ONLY,
     NO_PREFIX,
@@ -26,7 +27,17 @@ from tests.contract.mixers import CASES, DIM, NAMES, every_mixer, every_name, ma
 
 
 def test_exceptions_are_of_mixers_that_exist():
-    for table in (VARIANTS, AVERAGED, CHOOSES_ALL, NO_PREFIX, PREFIX_OPTION, IMAGES_ONLY, NO_SOFTMAX, TAUGHT_APART):
+    for table in (
+        VARIANTS,
+        AVERAGED,
+        BEYOND,
+        CHOOSES_ALL,
+        NO_PREFIX,
+        PREFIX_OPTION,
+        IMAGES_ONLY,
+        NO_SOFTMAX,
+        TAUGHT_APART,
+    ):
         assert set(table) <= set(NAMES)
 
 

@@ -12,7 +12,7 @@ import saccade
 from saccade.errors import InputError
 from saccade.mixers import ChannelAttention, PatternAttention, create_mixer
 from saccade.ops import RelativeTable, SlidingWindow, channel_attention
-from tests.contract.exceptions import AVERAGED, NO_PREFIX, NO_SOFTMAX, PREFIX_OPTION
+from tests.contract.exceptions import AVERAGED, BEYOND, NO_PREFIX, NO_SOFTMAX, PREFIX_OPTION
 from tests.contract.mixers import CASES, DIM, make_input, make_mixer, show
 
 # What taps see
@@ -130,7 +130,7 @@ FINISH = {
 """How a mixer goes on from its token matrix; all others average the values of `qkv` and project them."""
 
 
-exact = [case for case in CASES if case[0] not in AVERAGED]
+exact = [case for case in CASES if case[0] not in AVERAGED | BEYOND]
 
 
 @pytest.mark.parametrize(("name", "options"), exact, ids=[*map(show, exact)])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import biformer, davit, halonet, maxvit, moat, sparsifiner, study, transnext, volo
+from saccade.backbones import biformer, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.davit import DaViT
@@ -22,6 +22,7 @@ from saccade.backbones.dynamic_aggregation import (
     SpatialGatedUnit,
 )
 from saccade.backbones.feed_forward import ConvolutionalGLU
+from saccade.backbones.focalnet import FocalNet
 from saccade.backbones.halonet import HaloNet
 from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
@@ -48,6 +49,7 @@ __all__ = [
     "DynamicFusionBlock",
     "FeatureExtractor",
     "FeatureInfo",
+    "FocalNet",
     "FrequencyRefinement",
     "HaloNet",
     "HybridPerceptionBlock",
@@ -67,17 +69,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (
-    biformer,
-    davit,
-    halonet,
-    maxvit,
-    moat,
-    sparsifiner,
-    study,
-    transnext,
-    volo,
-)
+_FAMILIES = (biformer, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Block", "DropPath", "LayerScale", "Stage", "TokenBlock", "drop_path_rates", "layer_norm"]
+__all__ = ["Block", "DropPath", "LayerScale", "PostNormBlock", "Stage", "TokenBlock", "drop_path_rates", "layer_norm"]
 
 MakeNorm = Callable[[int], nn.Module]
 layer_norm: MakeNorm = partial(nn.LayerNorm, eps=1e-6)  # as in most vision transformers
@@ -79,6 +79,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PostNormBlock(Block):
+    """x + norm(mixer(x)), then x + norm(mlp(x)): the norms stand behind the branches (Swin V2, 2021,
+    arXiv:2111.09883)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.norm1(self.attn(x))))
+        return x + self.drop_path(self.ls2(self.norm2(self.mlp(x))))
 
 
 class TokenBlock(Block):

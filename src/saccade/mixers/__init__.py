@@ -14,6 +14,7 @@ from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.chunked_history import ChunkedHistoryAttention
 from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
+from saccade.mixers.focal_modulation import FocalModulation
 from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.halo import HaloAttention
 from saccade.mixers.lifting import DeformableLifting
@@ -44,6 +45,7 @@ __all__ = [
     "DepthwiseConv",
     "ElasticSpanAttention",
     "FactorizedAttention",
+    "FocalModulation",
     "FourierFilter",
     "GridAttention",
     "HaloAttention",

@@ -44,6 +44,7 @@ from saccade.ops.elastic_span import (
     span_losses,
     sum_blocks,
 )
+from saccade.ops.focal_modulation import focal_context
 from saccade.ops.low_rank_connectivity import Connectivity, predict_connectivity
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
@@ -147,6 +148,7 @@ __all__ = [
     "depth_scores",
     "dilated_windows",
     "draw_pattern",
+    "focal_context",
     "gilbert_order",
     "grow_sparsity",
     "gumbel",
