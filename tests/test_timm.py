@@ -47,6 +47,7 @@ TIMMS = {"maxvit_tiny": "maxvit_tiny_tf_224"}  # what timm calls networks that h
 @pytest.mark.parametrize(
     "name",
     [
+        "convit_tiny",
         "eca_halonext26ts",
         "focalnet_tiny_srf",
         "halonet26t",

@@ -28,6 +28,7 @@ VARIANTS = {
     "factorized": [{"num_heads": 2, "sr_ratio": 1, "window_size": 3}, {"sr_ratio": 3, "window_size": 2}],
     "focal_modulation": [{"focal_window": 5, "focal_levels": 2, "normalize": True, "post_norm": True}],
     "fourier_filter": [{"steps": 3, "num_bands": 5, "out_proj": False}],
+    "gated_positional": [{"num_heads": 4, "qkv_bias": True, "scale": 0.3, "locality_strength": 0.5}],
     "grid": [{"num_heads": 2, "position_bias": False}, {"num_windows": 2}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
     "length_scaled": [{"num_heads": 2, "pretrain_size": (5, 7), "qkv_bias": False}],
@@ -72,6 +73,7 @@ NO_PREFIX = {
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
     "focal_modulation": "context is gathered by convolutions, and a token outside the map has no place in them",
     "fourier_filter": "a token outside the map has no place in its spectrum",
+    "gated_positional": "a token outside the map has no place; in ConViT the class token joins behind these layers",
     "halo": "HaloNet has no class token, and its padded keys leave no place for one",
     "length_scaled": "its position bias is made of places of the map",
     "mobile_conv": "a token outside the map has no neighbours to be convolved with",
@@ -136,6 +138,7 @@ CHOOSES_ALL = {
 TAUGHT_APART = {
     "length_scaled": ("cpb_fc2.bias", "added to all logits of a head, it is lost in the softmax"),
     "low_rank_connectivity": ("mask_predictor.", "choosing is not differentiable: a loss on the guess trains it"),
+    "gated_positional": ("pos_proj.bias", "a softmax does not see what is the same for all keys"),
     "routed": ("router.", "its decisions are hard in evaluation; tests/contract/test_gates.py trains it"),
     "seer": ("gate.", "it chooses, and learns from a loss of its own, `distill`"),
 }

@@ -121,6 +121,7 @@ FINISH = {
     "agent": finish_agent,
     "bi_level_routing": finish_bi_level_routing,
     "factorized": finish_factorized,
+    "gated_positional": finish_outlook,  # values of a projection of their own
     "halo": finish_halo,
     "mobile_conv": finish_mobile_conv,
     "outlook": finish_outlook,

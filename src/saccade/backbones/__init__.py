@@ -10,9 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.backbones import biformer, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo
+from saccade.backbones import (
+    biformer,
+    convit,
+    davit,
+    focalnet,
+    halonet,
+    maxvit,
+    moat,
+    sparsifiner,
+    study,
+    transnext,
+    volo,
+)
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
+from saccade.backbones.convit import ConViT
 from saccade.backbones.davit import DaViT
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
@@ -41,6 +54,7 @@ __all__ = [
     "VOLO",
     "Backbone",
     "BiFormer",
+    "ConViT",
     "ConvolutionalGLU",
     "DaViT",
     "DenseLogits",
@@ -69,7 +83,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (biformer, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
+_FAMILIES = (biformer, convit, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -241,7 +241,7 @@ def replay(case: Case) -> dict[str, Tensor]:
     if not case.cls.split(" ")[0].endswith("MOAT"):
         raise InputError(f"{case.key}/{case.name} is a case of {case.cls}: replay serves the network MOAT")
     model = case.build(_from_deeplab)
-    tensors = {name.replace("grad.x", "grad.in.x"): tensor for name, tensor in case.tensors.items()}
+    tensors = dict(case.tensors)
     if "out.logits" in tensors and not any(name.startswith("in.cotangent") for name in tensors):
         tensors["in.cotangent.logits"] = torch.ones_like(tensors["out.logits"])
     shown = _Shown(model)
@@ -251,8 +251,7 @@ def replay(case: Case) -> dict[str, Tensor]:
         outputs = run_official(shown, state, inputs["x"])
         return {name: output for name, output in outputs.items() if f"out.{name}" in tensors}
 
-    results = play(replace(case, tensors=tensors), forward)
-    return {name.replace("grad.in.x", "grad.x") if "grad.x" in case.tensors else name: t for name, t in results.items()}
+    return play(replace(case, tensors=tensors), forward)
 
 
 class _Shown(nn.Module):

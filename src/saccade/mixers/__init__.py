@@ -16,6 +16,7 @@ from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.focal_modulation import FocalModulation
 from saccade.mixers.fourier_filter import FourierFilter
+from saccade.mixers.gated_positional import GatedPositionalAttention
 from saccade.mixers.halo import HaloAttention
 from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.low_rank_connectivity import LowRankConnectivityAttention
@@ -47,6 +48,7 @@ __all__ = [
     "FactorizedAttention",
     "FocalModulation",
     "FourierFilter",
+    "GatedPositionalAttention",
     "GridAttention",
     "HaloAttention",
     "LengthScaledAttention",

@@ -45,6 +45,7 @@ from saccade.ops.elastic_span import (
     sum_blocks,
 )
 from saccade.ops.focal_modulation import focal_context
+from saccade.ops.gated_positional_attention import gated_positional_attention
 from saccade.ops.low_rank_connectivity import Connectivity, predict_connectivity
 from saccade.ops.mixture_of_blocks import choose_blocks, mixture_of_blocks
 from saccade.ops.neighborhood import Neighborhood
@@ -149,6 +150,7 @@ __all__ = [
     "dilated_windows",
     "draw_pattern",
     "focal_context",
+    "gated_positional_attention",
     "gilbert_order",
     "grow_sparsity",
     "gumbel",
