@@ -28,6 +28,8 @@ SMALL = [*saccade.list_models("*_test"), "study_xxs"]
 PUBLISHED = [name for name in saccade.list_models() if name not in (*SMALL, *STUDY_NETS)]
 STUDIED = ("agent", "attention", "depthwise_conv", "grid", "halo", "neighborhood", "pooling", "window")
 RECORDED = Path(__file__).parents[1] / "recorded"
+GREY_DIFFERS = {"dhvt_test": "each colour has a scale and a shift before a convolution whose borders see zeros"}
+"""Networks that no weights for grey images make the same as for images of three equal channels."""
 SIDES = [(33, 1), (7, 5), (50, 70)]
 
 
@@ -258,7 +260,8 @@ def test_weights_come_back_and_fit_other_channels_and_classes(name, tmp_path):
     features = model.forward_features(images)
     grey = build(name, pretrained=path, in_chans=1).eval()
     same = images[:, :1].expand(-1, 3, -1, -1)
-    assert_close(grey.forward_features(same[:, :1]), model.forward_features(same), rtol=1e-3, atol=1e-3)
+    if name not in GREY_DIFFERS:
+        assert_close(grey.forward_features(same[:, :1]), model.forward_features(same), rtol=1e-3, atol=1e-3)
     six = build(name, pretrained=path, in_chans=6).eval()
     assert_close(six.forward_features(images.repeat(1, 2, 1, 1)), features, rtol=1e-3, atol=1e-3)
     torch.save({"model": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)

@@ -31,6 +31,7 @@ VARIANTS = {
     "gated_positional": [{"num_heads": 4, "qkv_bias": True, "scale": 0.3, "locality_strength": 0.5}],
     "grid": [{"num_heads": 2, "position_bias": False}, {"num_windows": 2}],
     "halo": [{"num_heads": 2, "halo_size": 1, "qkv_bias": True, "dim_head": 3, "scale_position": True}],
+    "head_token": [{"num_heads": 4, "qkv_bias": False, "scale": 0.3}],
     "length_scaled": [{"num_heads": 2, "pretrain_size": (5, 7), "qkv_bias": False}],
     "low_rank_connectivity": [
         {"num_heads": 2, "size": (9, 7), "keep_rate": 0.4, "topk": 3, "share_basis": True, "qkv_bias": False},
@@ -111,6 +112,7 @@ AVERAGED = dict.fromkeys(
 
 BEYOND = {
     "focal_modulation": "its matrix makes the modulator of each channel; tests/mixers/test_focal_modulation.py",
+    "head_token": "head tokens are seen beside the map's; tests/mixers/test_head_token.py",
 }
 """Mixers whose output is more than a token matrix times values: tests of their own say what it is made of."""
 

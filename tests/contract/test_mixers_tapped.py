@@ -190,7 +190,10 @@ def test_prefix_tokens_see_all_and_are_seen_by_all(name, options):
         assert (grad.abs().sum(-1) > 0).all()
 
 
-@serving_mixer
+plain = [case for case in serving if case[0] not in BEYOND]
+
+
+@pytest.mark.parametrize(("name", "options"), plain, ids=[*map(show, plain)])
 def test_the_tapped_attention_has_the_prefix_first(name, options):
     mixer, x, prefix = make_serving(name, options), make_input(7, 9), make_prefix()
     with saccade.tap(mixer) as seen:

@@ -14,6 +14,7 @@ from saccade.backbones import (
     biformer,
     convit,
     davit,
+    dhvt,
     focalnet,
     halonet,
     maxvit,
@@ -27,6 +28,7 @@ from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.convit import ConViT
 from saccade.backbones.davit import DaViT
+from saccade.backbones.dhvt import DHVT
 from saccade.backbones.dynamic_aggregation import (
     DualPathShuffle,
     DynamicAggregation,
@@ -50,6 +52,7 @@ from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load
 from saccade.errors import InputError, check_choice, nearest
 
 __all__ = [
+    "DHVT",
     "MOAT",
     "VOLO",
     "Backbone",
@@ -83,7 +86,7 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (biformer, convit, davit, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
+_FAMILIES = (biformer, convit, davit, dhvt, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
 
 
 def list_models(pattern: str = "*") -> list[str]:

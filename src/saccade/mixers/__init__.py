@@ -18,6 +18,7 @@ from saccade.mixers.focal_modulation import FocalModulation
 from saccade.mixers.fourier_filter import FourierFilter
 from saccade.mixers.gated_positional import GatedPositionalAttention
 from saccade.mixers.halo import HaloAttention
+from saccade.mixers.head_token import HeadTokenAttention
 from saccade.mixers.lifting import DeformableLifting
 from saccade.mixers.low_rank_connectivity import LowRankConnectivityAttention
 from saccade.mixers.mixer import Mixer
@@ -51,6 +52,7 @@ __all__ = [
     "GatedPositionalAttention",
     "GridAttention",
     "HaloAttention",
+    "HeadTokenAttention",
     "LengthScaledAttention",
     "LowRankConnectivityAttention",
     "Mixer",
