@@ -91,18 +91,20 @@ class Isotropic(Backbone):
         """Learned positions for a map, interpolated where it is not the one of `image_size`."""
         return None if self.pos_embed is None else resize_positions(self.pos_embed, space, old=self.space)
 
-    def run_tokens(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-        """(B, in_chans, H, W) to the tokens after each block, the last with its norm, and the map's (height, width)."""
+    def run_tokens(self, images: Tensor, *, keep: bool = True) -> tuple[list[Tensor], tuple[int, int]]:
+        """(B, in_chans, H, W) to the tokens after each block, the last with its norm, and the map's (height, width);
+        without `keep` those after the last block alone."""
         x, prefix = self.embed(images)
         space = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
-        seen = []
+        seen: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             if number == self.join and prefix is not None:
                 x = torch.cat([prefix, x], 1)
             x = self.run_block(block, x, space)
-            seen.append(x)
-        seen[-1] = self.norm(x)
+            if keep:
+                seen.append(x)
+        seen[-1:] = [self.norm(x)]
         return seen, space
 
     def run_stages(self, images: Tensor) -> list[Tensor]:
@@ -113,7 +115,7 @@ class Isotropic(Backbone):
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) to tokens (B, P + N, C)."""
         self._check(images)
-        return self.run_tokens(images)[0][-1]
+        return self.run_tokens(images, keep=False)[0][-1]
 
     def pool(self, features: Tensor) -> Tensor:
         """Tokens (B, P + N, C) to (B, C): the first class token, or the patches' mean or maximum."""

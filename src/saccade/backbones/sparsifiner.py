@@ -166,7 +166,7 @@ class Sparsifiner(Isotropic):
         tokens, layers, alive, _ = self._run_blocks(images)
         return SparsifinerResult(self.forward_head(tokens[-1]), tokens[-1][:, 1:], layers, alive)
 
-    def run_tokens(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+    def run_tokens(self, images: Tensor, *, keep: bool = True) -> tuple[list[Tensor], tuple[int, int]]:
         tokens, _, _, space = self._run_blocks(images)
         return tokens, space
 
