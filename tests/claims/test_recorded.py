@@ -38,7 +38,7 @@ def make_case(tensors, **fields):
         ("dim=8, heads = 2", {"dim": 8, "heads": 2}),
         ("hidden 20 (internally int(2*20/3) = 13), x called with H=6", {"hidden": 20, "H": 6}),
         ("see cases", {}),
-        ("dim 8, class token first, dims 12 18 24, x 2x9x8", {"dim": 8}),
+        ("dim 8, class token first, dims 12 18 24, x 2x9x8", {"dim": 8, "dims": (12, 18, 24)}),
         ({"dim": 8, "kernel_size": [3, 5], "nested": [[1, 2], [3]]}, {"dim": 8, "kernel_size": (3, 5)}),
     ],
 )
