@@ -36,6 +36,7 @@ from saccade.ops.deformable_attention_3d import (
 )
 from saccade.ops.dilated_window import dilated_windows
 from saccade.ops.draw import draw_pattern
+from saccade.ops.dynamic_filter import dynamic_filter, dynamic_filter_weights, window_bias
 from saccade.ops.elastic_span import (
     ElasticSpan,
     attention_influence,
@@ -151,6 +152,8 @@ __all__ = [
     "draw_pattern",
     "focal_context",
     "gated_positional_attention",
+    "dynamic_filter",
+    "dynamic_filter_weights",
     "gilbert_order",
     "grow_sparsity",
     "gumbel",
@@ -205,4 +208,5 @@ __all__ = [
     "top_k_attention_weights",
     "upsample_nearest",
     "window_lengths",
+    "window_bias",
 ]
