@@ -78,6 +78,11 @@ def finish_outlook(mixer, x, attention):
     return mixer.proj((attention @ value).transpose(1, 2).flatten(2).view_as(x))
 
 
+def finish_cont_mix(mixer, x, attention):
+    value = mixer.v(x.flatten(1, 2)).unflatten(-1, (2 * mixer.num_heads, -1)).transpose(1, 2)
+    return mixer.proj((attention @ value).transpose(1, 2).flatten(2).view_as(x))
+
+
 def finish_factorized(mixer, x, attention):
     """From the values of tokens and coarse cells; what convolutions of values add is found by leaving them out."""
     plain = copy.deepcopy(mixer)
@@ -120,6 +125,7 @@ FINISH = {
     "aggregated": finish_aggregated,
     "agent": finish_agent,
     "bi_level_routing": finish_bi_level_routing,
+    "cont_mix": finish_cont_mix,
     "factorized": finish_factorized,
     "gated_positional": finish_outlook,  # values of a projection of their own
     "halo": finish_halo,

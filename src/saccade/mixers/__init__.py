@@ -12,6 +12,7 @@ from saccade.mixers.bi_level_routing import BiLevelRoutingAttention
 from saccade.mixers.block_causal import BlockCausalAttention
 from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.chunked_history import ChunkedHistoryAttention
+from saccade.mixers.cont_mix import ContMix
 from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.focal_modulation import FocalModulation
@@ -43,6 +44,7 @@ __all__ = [
     "BlockCausalAttention",
     "ChannelAttention",
     "ChunkedHistoryAttention",
+    "ContMix",
     "DeformableLifting",
     "DepthwiseConv",
     "ElasticSpanAttention",

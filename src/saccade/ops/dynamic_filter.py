@@ -38,7 +38,7 @@ def dynamic_filter(value: Tensor, kernels: Tensor, *, impl: str = "auto") -> Ten
 
     >>> line = torch.arange(5.0).expand(1, 1, 3, 5).unsqueeze(-1)
     >>> dynamic_filter(line, torch.full((1, 1, 3, 5, 9), 1 / 9))[0, 0, 0].flatten()  # means of the nearest window
-    tensor([1.0000, 1.0000, 2.0000, 3.0000, 3.0000])
+    tensor([1., 1., 2., 3., 3.])
     """
     check_choice("impl", impl, ("auto", "tiled", "reference"))
     size = _check(value, kernels)
@@ -100,24 +100,24 @@ class _Tile(NamedTuple):
     Attributes:
         rows, columns: of the tokens.
         down, across: of the places; as many rows as a kernel has.
-        index: (columns, K), where among the places' columns a token's own stand; None if they are all of them.
+        offsets: (columns, K), where among the places' columns a token's own stand; None if they are all of them.
     """
 
     rows: slice
     columns: slice
     down: slice
     across: slice
-    index: Tensor | None
+    offsets: Tensor | None
 
 
 def _tiles(space: tuple[int, int], size: int, like: Tensor) -> Iterator[_Tile]:
     height, width = space
     for columns, across in _along(width, size, shared=width <= size + 1):
-        index = None
+        offsets = None
         if across.stop - across.start > size:
-            index = _starts(width, size, like)[columns] - across.start
+            offsets = _starts(width, size, like)[columns] - across.start
         for rows, down in _along(height, size, shared=True):
-            yield _Tile(rows, columns, down, across, index)
+            yield _Tile(rows, columns, down, across, offsets)
 
 
 def _along(length: int, size: int, *, shared: bool) -> Iterator[tuple[slice, slice]]:
@@ -135,10 +135,10 @@ def _along(length: int, size: int, *, shared: bool) -> Iterator[tuple[slice, sli
 def _dense(kernels: Tensor, tile: _Tile, size: int) -> Tensor:
     """The kernels of a tile's tokens as a matrix, (B, heads, tokens, places), with zeros for places of others."""
     mine = kernels[:, :, tile.rows, tile.columns]
-    if tile.index is not None:
+    if tile.offsets is not None:
         mine = mine.unflatten(-1, (size, size))
         wide = mine.new_zeros(*mine.shape[:-1], tile.across.stop - tile.across.start)
-        mine = wide.scatter(-1, tile.index.unsqueeze(1).expand(mine.shape), mine).flatten(-2)
+        mine = wide.scatter(-1, tile.offsets.unsqueeze(1).expand(mine.shape), mine).flatten(-2)
     return mine.flatten(2, 3)
 
 
@@ -168,8 +168,8 @@ def _correlate(out: Tensor, value: Tensor, size: int) -> Tensor:
         grad = out[:, :, tile.rows, tile.columns].flatten(2, 3)
         mine = kernels[:, :, tile.rows, tile.columns].unflatten(-1, (size, size))
         products = (grad @ places[:, :, tile.down, tile.across].flatten(2, 3).mT).view(*mine.shape[:-1], -1)
-        if tile.index is not None:
-            products = products.gather(-1, tile.index.unsqueeze(1).expand(mine.shape))
+        if tile.offsets is not None:
+            products = products.gather(-1, tile.offsets.unsqueeze(1).expand(mine.shape))
         mine.copy_(products)
     return kernels
 
