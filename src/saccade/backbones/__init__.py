@@ -24,6 +24,8 @@ from saccade.backbones import (
     transnext,
     volo,
 )
+from saccade.backbones import biformer, davit, halonet, maxvit, moat, sparsifiner, study, transnext, volo
+from saccade.backbones import halonet, overlock, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.convit import ConViT
@@ -44,6 +46,7 @@ from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.moat import MOAT
 from saccade.backbones.sparsifiner import Sparsifiner
+from saccade.backbones.overlock import OverLoCK, OverLoCKOutput, OverLoCKStages
 from saccade.backbones.study import StudyNet
 from saccade.backbones.transnext import TransNeXt
 from saccade.backbones.variant import ModelSummary, Variant
@@ -75,6 +78,9 @@ __all__ = [
     "MaxViT",
     "ModelSummary",
     "Sparsifiner",
+    "OverLoCK",
+    "OverLoCKOutput",
+    "OverLoCKStages",
     "SpatialGatedUnit",
     "StudyNet",
     "TransNeXt",
@@ -87,6 +93,18 @@ __all__ = [
 ]
 
 _FAMILIES = (biformer, convit, davit, dhvt, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
+_FAMILIES = (
+    biformer,
+    davit,
+    halonet,
+    maxvit,
+    moat,
+    sparsifiner,
+    study,
+    transnext,
+    volo,
+)
+_FAMILIES = (halonet, overlock, study)
 
 
 def list_models(pattern: str = "*") -> list[str]:

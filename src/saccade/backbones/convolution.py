@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvNormAct", "SameAvgPool2d", "SameConv2d", "divisible", "init_convolution", "pad_same"]
+__all__ = ["ConvNormAct", "LinearNorm", "SameAvgPool2d", "SameConv2d", "divisible", "init_convolution", "pad_same"]
 
 
 class ConvNormAct(nn.Module):
@@ -14,7 +14,7 @@ class ConvNormAct(nn.Module):
 
     Args:
         dim, dim_out: channels.
-        kernel_size, stride, groups: of the convolution, which is padded by half its kernel.
+        kernel_size, stride, dilation, groups: of the convolution, which is padded by half its kernel's reach.
         norm: makes the norm.
         act: makes the activation.
     """
@@ -26,17 +26,36 @@ class ConvNormAct(nn.Module):
         kernel_size: int = 1,
         *,
         stride: int = 1,
+        dilation: int = 1,
         groups: int = 1,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act: Callable[[], nn.Module] | None = nn.ReLU,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        padding = kernel_size // 2 * dilation
+        self.conv = nn.Conv2d(dim, dim_out, kernel_size, stride, padding, dilation, groups, bias=False)
         self.bn = norm(dim_out)
         self.act = nn.Identity() if act is None else act()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
+
+
+class LinearNorm(nn.Module):
+    """A linear layer without bias and a norm over images and places, channels last: (B, H, W, C) to (B, H, W, C').
+
+    Args:
+        dim, dim_out: C and C'.
+    """
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim_out, bias=False)
+        self.bn = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.linear(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return out
 
 
