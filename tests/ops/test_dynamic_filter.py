@@ -101,7 +101,7 @@ def test_bias_is_the_table_of_the_pattern(space, size):
     tokens = torch.cartesian_prod(*(torch.arange(length) for length in space))
     offset = (tokens - tokens.unsqueeze(1)).movedim(-1, 0).unsqueeze(1)  # (axes, 1, N, N), key minus query
     dense = RelativeTable(table)(torch.zeros(()), offset)[0]
-    expected = dense[:, Neighborhood(size).mask(space)].unflatten(1, (*space, size**2))
+    expected = dense[:, Neighborhood(size).mask(space)].unflatten(1, (*space, size, size))
     assert_close(window_bias(table, space), expected)
 
 

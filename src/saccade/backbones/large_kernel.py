@@ -23,7 +23,7 @@ BRANCHES = {
 
 
 class LargeKernel(nn.Module):
-    """A depthwise convolution of a large kernel and dilated ones of smaller kernels, each with a norm, summed.
+    """A depthwise convolution of a large kernel and dilated ones of smaller kernels, each normed; a norm of the sum.
 
     Args:
         dim: C, channels.
@@ -39,12 +39,19 @@ class LargeKernel(nn.Module):
         self.conv: nn.Module = self._folded() if reparameterized else self._branch(kernel_size, 1)
         sides = () if reparameterized else BRANCHES[kernel_size]
         self.branches = nn.ModuleDict({f"k{side}_{dilation}": self._branch(side, dilation) for side, dilation in sides})
+        self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
+        if isinstance(self.conv, nn.Conv2d) and not self.training:  # a kernel is smaller than a map
+            scale, shift = _as_affine(self.norm)
+            assert self.conv.bias is not None
+            kernel, bias = self.conv.weight * scale.view(-1, 1, 1, 1), self.conv.bias * scale + shift
+            return self.conv._conv_forward(x, kernel, bias)
+        out = self.conv(x)
         for branch in self.branches.values():
             out = out + branch(x)
-        return out
+        normed: Tensor = self.norm(out)
+        return normed
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -57,17 +64,13 @@ class LargeKernel(nn.Module):
         folded.bias.zero_()
         for branch in (self.conv, *self.branches.values()):
             assert isinstance(branch, ConvNormAct)
-            norm = branch.bn
-            assert isinstance(norm, nn.BatchNorm2d)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            scale, shift = _as_affine(branch.bn)
             kernel, step = branch.conv.weight * scale.view(-1, 1, 1, 1), branch.conv.dilation[0]
             reach = step * (kernel.shape[-1] - 1) + 1
             first = (self.kernel_size - reach) // 2
             places = slice(first, first + reach, step)
             folded.weight[:, :, places, places] += kernel
-            folded.bias += norm.bias - norm.running_mean * scale
+            folded.bias += shift
         self.conv, self.branches = folded.train(self.training), nn.ModuleDict()
 
     def _branch(self, side: int, dilation: int) -> ConvNormAct:
@@ -76,6 +79,15 @@ class LargeKernel(nn.Module):
     def _folded(self) -> nn.Conv2d:
         size = self.kernel_size
         return nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)
+
+
+def _as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies a channel by and adds to it, in evaluation."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class ResidualDepthwise(nn.Conv2d):
@@ -89,4 +101,4 @@ class ResidualDepthwise(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return super().forward(x).add_(x)

@@ -333,7 +333,6 @@ class _OverviewBlock(nn.Module):
         self.conv = ResidualDepthwise(dim)
         self.norm = _MapNorm(dim)
         self.large = large
-        self.large_norm = nn.BatchNorm2d(dim)
         self.gate = _make_gate(dim)
         self.mlp = _ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -341,7 +340,7 @@ class _OverviewBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        branch = self.mlp(self.gate(self.large_norm(self.large(self.norm(x)))))
+        branch = self.mlp(self.gate(self.large(self.norm(x))))
         out: Tensor = self.sum(x, branch, self.drop_path)
         return out
 
@@ -386,7 +385,6 @@ class _FocusBlock(nn.Module):
         )
         self.gate = ConvNormAct(dim, dim, act=nn.SiLU)
         self.large = large
-        self.large_norm = nn.BatchNorm2d(dim)
         self.mix = mix
         nn.init.zeros_(mix.small_bias)
         nn.init.zeros_(mix.large_bias)
@@ -415,7 +413,7 @@ class _FocusBlock(nn.Module):
         value = self.fusion(x)
         query, regions = channels_last(x).split(self.widths, -1)
         mixed = channels_first(self.mix.filter(channels_last(value), query, regions))
-        mixed = self.mixed(mixed) + self.large_norm(self.large(value))
+        mixed = self.mixed(mixed) + self.large(value)
         out: Tensor = self.proj(self.proj_norm(self.channels(mixed) * self.gate(value)))
         return out
 
@@ -466,7 +464,7 @@ _OVERVIEW = {
     "dwconv": "conv",
     "proj.0": "norm",
     "proj.1": "large",
-    "proj.2": "large_norm",
+    "proj.2": "large.norm",
     "proj.3.proj.1": "gate.fc1",
     "proj.3.proj.3": "gate.fc2",
     "proj.4": "mlp.fc1",
@@ -489,7 +487,7 @@ _FOCUS = {
     "dyconv_proj.0": "mixed.conv",
     "dyconv_proj.1": "mixed.bn",
     "lepe.0": "large",
-    "lepe.1": "large_norm",
+    "lepe.1": "large.norm",
     "se_layer.proj.1": "channels.fc1",
     "se_layer.proj.3": "channels.fc2",
     "gate.0": "gate.conv",

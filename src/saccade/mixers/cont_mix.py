@@ -107,12 +107,13 @@ class ContMix(Mixer):
         space = (query.shape[1], query.shape[2])
         q = split_heads(self.q(query), self.num_heads).flatten(2, 3) * self.scale  # (B, heads, N, D)
         k = split_heads(self.k(_pool(context, (self.num_regions,) * 2)), self.num_heads).flatten(2, 3).mT
-        kernels, sizes = [], [size**2 for size in self.kernel_sizes]
-        weights, biases = self.kernels.weight.split(sizes), self.kernels.bias.split(sizes)
-        for weight, bias, table in zip(weights, biases, (self.small_bias, self.large_bias)):
-            # D is far below the number of regions, so that it is cheaper to make a head's layer than its affinities
+        kernels, counts = [], [size**2 for size in self.kernel_sizes]
+        weights, biases = self.kernels.weight.split(counts), self.kernels.bias.split(counts)
+        for size, weight, bias, table in zip(self.kernel_sizes, weights, biases, (self.small_bias, self.large_bias)):
+            # D is far below the number of regions: it is cheaper to make a head's own layer than its affinities
             logits = (q @ k) @ weight.mT if self.impl == "reference" else q @ (k @ weight.mT)
-            logits = logits + (window_bias(table, space).flatten(1, 2) + bias)
+            logits += bias
+            logits.view(*logits.shape[:2], *space, size, size).add_(window_bias(table, space))
             shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             kernels.append(shares.unflatten(2, space))
         return kernels

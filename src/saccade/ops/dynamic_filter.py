@@ -61,14 +61,16 @@ def dynamic_filter_weights(kernels: Tensor) -> Tensor:
 
 
 def window_bias(table: Tensor, space: tuple[int, int]) -> Tensor:
-    """Read learned numbers for each place of each token's window, (heads, H, W, K^2), from a table by offset.
+    """Read learned numbers for each place of each token's window, (heads, H, W, K, K), from a table by offset.
 
     Args:
         table: (heads, 2 K - 1, 2 K - 1), whose middle is the token itself, as for `RelativeTable`.
         space: H and W.
 
-    >>> window_bias(torch.arange(25.0).view(1, 5, 5), (3, 3))[0, 1, 1]  # in the middle, the nine around the token
-    tensor([ 6.,  7.,  8., 11., 12., 13., 16., 17., 18.])
+    >>> window_bias(torch.arange(25.0).view(1, 5, 5), (3, 3))[0, 1, 1]  # the token in the middle
+    tensor([[ 6.,  7.,  8.],
+            [11., 12., 13.],
+            [16., 17., 18.]])
     """
     size = (table.shape[-1] + 1) // 2
     if table.ndim != 3 or table.shape[1:] != (2 * size - 1,) * 2:
@@ -78,8 +80,8 @@ def window_bias(table: Tensor, space: tuple[int, int]) -> Tensor:
         _starts(length, size, table) + size - 1 - torch.arange(length, device=table.device).unsqueeze(1)
         for length in space
     )
-    read = table.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    return read.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(-2)
+    read = table.index_select(2, columns.flatten()).index_select(1, rows.flatten())  # whole rows last: faster
+    return read.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
 
 
 def _starts(length: int, size: int, like: Tensor) -> Tensor:
