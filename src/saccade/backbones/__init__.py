@@ -19,13 +19,12 @@ from saccade.backbones import (
     halonet,
     maxvit,
     moat,
+    overlock,
     sparsifiner,
     study,
     transnext,
     volo,
 )
-from saccade.backbones import biformer, davit, halonet, maxvit, moat, sparsifiner, study, transnext, volo
-from saccade.backbones import halonet, overlock, study
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.convit import ConViT
@@ -45,8 +44,8 @@ from saccade.backbones.hybrid_perception import HybridPerceptionBlock
 from saccade.backbones.isotropic import Isotropic
 from saccade.backbones.maxvit import MaxViT
 from saccade.backbones.moat import MOAT
-from saccade.backbones.sparsifiner import Sparsifiner
 from saccade.backbones.overlock import OverLoCK, OverLoCKOutput, OverLoCKStages
+from saccade.backbones.sparsifiner import Sparsifiner
 from saccade.backbones.study import StudyNet
 from saccade.backbones.transnext import TransNeXt
 from saccade.backbones.variant import ModelSummary, Variant
@@ -77,10 +76,10 @@ __all__ = [
     "LoadedModel",
     "MaxViT",
     "ModelSummary",
-    "Sparsifiner",
     "OverLoCK",
     "OverLoCKOutput",
     "OverLoCKStages",
+    "Sparsifiner",
     "SpatialGatedUnit",
     "StudyNet",
     "TransNeXt",
@@ -92,19 +91,21 @@ __all__ = [
     "load_model",
 ]
 
-_FAMILIES = (biformer, convit, davit, dhvt, focalnet, halonet, maxvit, moat, sparsifiner, study, transnext, volo)
 _FAMILIES = (
     biformer,
+    convit,
     davit,
+    dhvt,
+    focalnet,
     halonet,
     maxvit,
     moat,
+    overlock,
     sparsifiner,
     study,
     transnext,
     volo,
 )
-_FAMILIES = (halonet, overlock, study)
 
 
 def list_models(pattern: str = "*") -> list[str]:
