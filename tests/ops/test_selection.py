@@ -14,7 +14,7 @@ from saccade.ops import (
     select_top_k,
     sparse_attention,
 )
-from saccade.ops.selection import block_order
+from saccade.ops.selection import block_order, highest
 
 
 def make_inputs(space, *, heads=4, kv_heads=2, key_space=None, dim=5, value_dim=3):
@@ -195,3 +195,10 @@ def test_means_of_blocks_whole_or_not(space):
     flat = x.flatten(2, -2)
     expected = torch.stack([flat[:, :, row[row >= 0]].mean(2) for row in rows], 2)
     assert_close(block_means(x, block), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
+def test_ties_go_to_the_lower_block_in_exported_graphs_too(count):
+    scores = torch.tensor([2.0, 1.0, 2.0, -torch.inf, 2.0, 1.0]).expand(1, 1, 2, 6)
+    expected = scores.sort(-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    assert torch.equal(highest(scores, count).sort(-1).values, expected)

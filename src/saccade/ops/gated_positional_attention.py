@@ -45,7 +45,7 @@ def gated_positional_attention(
     Raises: InputError for shapes that do not fit together.
 
     >>> query, value = torch.zeros(1, 1, 3, 4), torch.tensor([[[[0.0], [3.0], [6.0]]]])
-    >>> itself = 100 * torch.eye(3).unsqueeze(0)
+    >>> itself = 1000 * torch.eye(3).unsqueeze(0)
     >>> gated_positional_attention(query, query, value, [itself], torch.tensor([1.0])).flatten()
     tensor([0., 3., 6.])
     """

@@ -168,8 +168,9 @@ def select_top_k(scores: Tensor, count: int, *, scope: str = "query", **blocks: 
     _check_scores(scores, scope)
     if scope == "query":
         kept = min(count, scores.shape[-1])
-        if is_exporting():  # ONNX has no stable sort, but its TopK gives the lower one of equal scores
-            values, indices = torch.topk(scores.detach(), kept)
+        if is_exporting():
+            indices = highest(scores.detach(), kept)
+            values = scores.detach().gather(-1, indices)
         else:  # a stable sort, so that ties do not depend on the device
             values, indices = torch.sort(scores.detach(), dim=-1, descending=True, stable=True)
         return Selection(indices[..., :kept], values[..., :kept] != -torch.inf, **blocks)  # type: ignore[arg-type]
@@ -178,6 +179,15 @@ def select_top_k(scores: Tensor, count: int, *, scope: str = "query", **blocks: 
     kept = min(count * pool.shape[-1] // scores.shape[-1], pool.shape[-1])
     chosen = torch.zeros_like(pool, dtype=torch.bool).scatter(-1, order.indices[..., :kept], True)
     return select_mask((chosen & (pool != -torch.inf)).view_as(scores), **blocks)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Numbers of the highest scores, the lower one of equals, in their own order: ONNX has no stable sort."""
+    least = scores.topk(max(count, 1)).values[..., -1:]
+    above, equal = scores > least, scores == least
+    chosen = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    places = torch.arange(scores.shape[-1], 0, -1, dtype=torch.float64, device=scores.device)
+    return torch.where(chosen, places, 0.0).topk(count).indices
 
 
 def select_mass(scores: Tensor, mass: float, *, scope: str = "query", **blocks: int | tuple[int, ...]) -> Selection:
