@@ -182,12 +182,13 @@ def select_top_k(scores: Tensor, count: int, *, scope: str = "query", **blocks: 
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """Numbers of the highest scores, the lower one of equals, in their own order: ONNX has no stable sort."""
+    """Numbers of the highest scores, the best first, the lower of equals where one must go: ONNX sorts none stably."""
     least = scores.topk(max(count, 1)).values[..., -1:]
     above, equal = scores > least, scores == least
     chosen = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
     places = torch.arange(scores.shape[-1], 0, -1, dtype=torch.float64, device=scores.device)
-    return torch.where(chosen, places, 0.0).topk(count).indices
+    found = torch.where(chosen, places, 0.0).topk(count).indices
+    return found.gather(-1, scores.gather(-1, found).topk(count).indices)
 
 
 def select_mass(scores: Tensor, mass: float, *, scope: str = "query", **blocks: int | tuple[int, ...]) -> Selection:
