@@ -8,8 +8,9 @@ import sys
 from types import ModuleType
 
 from saccade.explain.attribute import Explanation, explain, list_methods
-from saccade.explain.faithfulness import Faithfulness, Score, faithfulness
+from saccade.explain.faithfulness import Faithfulness, faithfulness
 from saccade.explain.overlay import overlay, save_overlay
+from saccade.explain.score import Score
 
 __all__ = [
     "Explanation",

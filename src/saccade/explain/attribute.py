@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from saccade.errors import InputError, WorkError, check_choice, nearest
 from saccade.explain import methods
-from saccade.explain.classifier import check_images, check_whole, evaluating, read_target
+from saccade.explain.classifier import check_images, check_whole, evaluating
+from saccade.explain.question import Classes, read_question
 
 __all__ = ["Explanation", "explain", "list_methods"]
 
@@ -22,12 +24,14 @@ class Explanation:
 
     Attributes:
         map: (B, H, W), relevance of each pixel; its unit and whether it has a sign are the method's.
-        target: (B,) long, the class that each map is about.
+        target: (B,) long, the class that each map is about, or (B, classes) booleans, the group.
         method: name of the method.
-        layer: name of the module that the method read, given or found; None for methods that read none.
+        layer: name of the module that the method read, given or found, several with ", " between them; None for methods
+            that read none.
         error: (B,), for methods whose map should sum to a known difference of logits, by how much the sum is off, in
             logits; None for others.
         seconds: time the method took, without the prediction of `target`.
+        against: what the target was held against, in the form of `target`; None if nothing.
     """
 
     map: Tensor
@@ -36,6 +40,7 @@ class Explanation:
     layer: str | None
     error: Tensor | None
     seconds: float
+    against: Tensor | None = None
 
 
 def list_methods() -> list[str]:
@@ -48,12 +53,17 @@ def explain(
     images: Tensor,
     *,
     method: str = "integrated_gradients",
-    target: int | Tensor | None = None,
-    layer: str | None = None,
+    target: Classes | None = None,
+    against: Classes | None = None,
+    layer: str | Sequence[str] | None = None,
     batch_size: int = 32,
     **options: Any,
 ) -> Explanation:
-    """Say how much each pixel of each image adds to the logit of one class.
+    """Say how much each pixel of each image adds to the logit of one class, or to another question's answer.
+
+    `target` and `against` span the taxonomy of arXiv:2511.13081: why this class, why this group, why this class and
+    not that one, why this group and not that one. What is explained is the mean logit of `target` minus the mean logit
+    of `against`.
 
     Args:
         model: any module that maps (B, 3, H, W) to logits (B, classes). It runs in eval mode; its parameters may be
@@ -62,8 +72,12 @@ def explain(
             them.
         method: one of `list_methods()`. The default costs 50 gradient passes, needs no layer, and says by how much it
             is wrong.
-        target: class index, or (B,) of them; None explains the predicted classes.
-        layer: module name, for methods that read one; None lets the method find it and say which.
+        target: class index, or (B,) of them; None explains the predicted classes. A group is a set of class indices, or
+            (B, classes) booleans for one of its own an image.
+        against: what the target is held against, in the same forms, without a class that is in `target`. None asks
+            about the target alone.
+        layer: module name, for methods that read one, or several for those that combine them; None lets the method find
+            it and say which.
         batch_size: the most images in one forward pass, which bounds memory.
         options: the method's own, such as `steps` of integrated_gradients; see the functions in
             `saccade.explain.methods`.
@@ -86,14 +100,16 @@ def explain(
     _check_options(method, options)
     with evaluating(model, grad=True) as classify:
         images = images.detach().clone()  # a tensor made in inference mode could not be differentiated
-        chosen = read_target(target, classify, images, batch_size)
+        question = read_question(target, against, classify, images, batch_size)
+        answer, column = question.ask(classify)
         start = time.perf_counter()
-        found = _METHODS[method](classify, images, chosen, batch_size=batch_size, **options)
+        found = _METHODS[method](answer, images, column, batch_size=batch_size, **options)
     if not found.map.isfinite().all():
         raise WorkError(
             f"the map of {method} holds NaN or infinite values: look for them in the model's activations and gradients"
         )
-    return Explanation(found.map.detach(), chosen, method, found.layer, found.error, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Explanation(found.map.detach(), question.target, method, found.layer, found.error, seconds, question.against)
 
 
 def _check_options(method: str, options: dict[str, Any]) -> None:

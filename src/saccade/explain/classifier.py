@@ -14,12 +14,14 @@ __all__ = ["Classifier", "batches", "check_images", "check_whole", "evaluating",
 class Classifier:
     """(B, C, H, W) -> (B, classes): calls the model and refuses what is not a finite table of logits.
 
+    With `questions` (classes, Q) it gives (B, Q), the logits times these: sums of logits, of which a class is one.
     Images are copied first, so that a model whose first operation works in place neither changes the caller's
     tensor nor fails on one that collects gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, questions: Tensor | None = None) -> None:
         self.model = model
+        self.questions = questions
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = self.model(images.clone())
@@ -38,7 +40,7 @@ class Classifier:
                 f"the logits of {type(self.model).__name__} carry no gradient of the images: it cuts the graph "
                 "(detach, no_grad, whole numbers). Remove the cut, or use a method without gradients, such as occlusion"
             )
-        return logits
+        return logits if self.questions is None else logits @ self.questions.to(logits)
 
     def score(self, images: Tensor, target: Tensor) -> Tensor:
         """The sum of the target's logits, whose gradient holds every image's own gradient."""
@@ -92,7 +94,7 @@ def check_whole(name: str, value: int, low: int = 1, high: int | None = None) ->
         )
 
 
-def read_target(target: int | Tensor | None, classify: Classifier, images: Tensor, batch_size: int) -> Tensor:
+def read_target(target: object, classify: Classifier, images: Tensor, batch_size: int, name: str = "target") -> Tensor:
     """(B,) class indices: the given ones, checked, or the classes that the model predicts."""
     with torch.no_grad():
         if target is None:
@@ -101,12 +103,12 @@ def read_target(target: int | Tensor | None, classify: Classifier, images: Tenso
     given = torch.as_tensor(target, device=images.device)
     if given.is_floating_point() or given.dtype == torch.bool or given.shape not in ((), (len(images),)):
         raise InputError(
-            f"target is {given.dtype} of shape {tuple(given.shape)}: give one class index, or one for each of the "
+            f"{name} is {given.dtype} of shape {tuple(given.shape)}: give one class index, or one for each of the "
             f"{len(images)} images"
         )
     if given.min() < 0 or given.max() >= num_classes:
         wrong = given.flatten()[(given.flatten() < 0) | (given.flatten() >= num_classes)][0].item()
-        raise InputError(f"target is {wrong} but the model knows {num_classes} classes: give 0 to {num_classes - 1}")
+        raise InputError(f"{name} is {wrong} but the model knows {num_classes} classes: give 0 to {num_classes - 1}")
     return given.long().expand(len(images)).clone()
 
 

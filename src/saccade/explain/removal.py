@@ -56,30 +56,31 @@ def removal_curves(
     """What the readout says while patches of the images become those of `filled`, in each order.
 
     Args:
-        readout: (images (n, C, H, W), index (n,) of the image that each comes from) -> (n,) numbers.
+        readout: (images (n, C, H, W), index (n,) of the image that each comes from) -> (n, ...) numbers.
         images, filled: (B, C, H, W), the whole images and those with everything removed.
         ranks: (B, orders, P) from `rank`; rank 0 goes first.
         counts: (K + 1,) patches removed at each step, rising from 0 to P.
         patch: side of a patch in pixels; P = ceil(H / patch) * ceil(W / patch).
         batch_size: the most images in one call of `readout`.
 
-    Returns: (B, orders, K + 1).
+    Returns: (B, orders, K + 1, ...).
     """
     batch, orders, _ = ranks.shape
     device = images.device
     owners = torch.arange(batch, device=device)
     ends = [torch.cat([readout(whole[part], part) for part in owners.split(batch_size)]) for whole in (images, filled)]
-    curves = ends[0].new_empty(batch, orders, len(counts))
-    curves[..., 0], curves[..., -1] = ends[0][:, None], ends[1][:, None]
+    rest = ends[0].shape[1:]
+    curves = ends[0].new_empty(batch, orders, len(counts), *rest)
+    curves[:, :, 0], curves[:, :, -1] = ends[0][:, None], ends[1][:, None]
 
     middle = counts[1:-1].to(device)
-    values = [curves.new_empty(0)]
+    values = [curves.new_empty(0, *rest)]
     for job in torch.arange(batch * orders * len(middle), device=device).split(batch_size):
         owner, order, step = torch.unravel_index(job, (batch, orders, len(middle)))
         gone = ranks[owner, order] < middle[step, None]
         pixels = _to_pixels(gone, patch, images.shape[-2:])
         values.append(readout(torch.where(pixels, filled[owner], images[owner]), owner))
-    curves[..., 1:-1] = torch.cat(values).view(batch, orders, -1)
+    curves[:, :, 1:-1] = torch.cat(values).view(batch, orders, len(middle), *rest)
     return curves
 
 
