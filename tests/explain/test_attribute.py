@@ -9,7 +9,7 @@ from saccade.errors import InputError, WorkError
 from saccade.explain import explain
 from tests.explain.nets import ConvNet, Stages, images, linear, softmax_attention
 
-METHODS = ["gradient", "grad_cam", "input_x_gradient", "integrated_gradients", "occlusion", "random"]
+METHODS = ["gradient", "grad_cam", "input_x_gradient", "integrated_gradients", "normgrad", "occlusion", "random"]
 
 
 def state(model):

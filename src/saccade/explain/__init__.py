@@ -10,16 +10,20 @@ from types import ModuleType
 from saccade.explain.attribute import Explanation, explain, list_methods
 from saccade.explain.faithfulness import Faithfulness, faithfulness
 from saccade.explain.overlay import overlay, save_overlay
+from saccade.explain.sanity import Randomization, class_sensitivity, parameter_randomization
 from saccade.explain.score import Score
 
 __all__ = [
     "Explanation",
     "Faithfulness",
+    "Randomization",
     "Score",
+    "class_sensitivity",
     "explain",
     "faithfulness",
     "list_methods",
     "overlay",
+    "parameter_randomization",
     "save_overlay",
 ]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.errors import InputError
 
-__all__ = ["Score", "check_confidence", "draw_resamples", "summarize"]
+__all__ = ["Score", "check_confidence", "correlate", "draw_resamples", "place_on_ranks", "summarize"]
 
 _RESAMPLES = 2000
 
@@ -74,3 +74,28 @@ def check_confidence(confidence: float, repeats: int, num_images: int) -> None:
             f"{num_images} image(s) with {repeats} random orders cannot support confidence {confidence}: give at least "
             f"{needed} repeats, or more images"
         )
+
+
+def correlate(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation along the last axis; 0 where one side is constant.
+
+    >>> correlate(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]])).tolist()
+    [-1.0]
+    """
+    a, b = (each - each.mean(-1, keepdim=True) for each in (first.double(), second.double()))
+    scale = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(scale > 0, (a * b).sum(-1) / torch.where(scale > 0, scale, 1), 0)
+
+
+def place_on_ranks(maps: Tensor) -> Tensor:
+    """Maps (B, ...) as ranks (B, P), from small to large, equal values on the mean of their places; on the CPU.
+
+    >>> place_on_ranks(torch.tensor([[5.0, 1.0, 5.0, 9.0]])).tolist()
+    [[1.5, 0.0, 1.5, 3.0]]
+    """
+    rows = []
+    for row in maps.flatten(1).cpu():
+        _, level, counts = row.unique(return_inverse=True, return_counts=True)
+        middle = counts.cumsum(0).double() - (counts + 1) / 2
+        rows.append(middle[level])
+    return torch.stack(rows)

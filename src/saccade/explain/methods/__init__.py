@@ -8,6 +8,7 @@ more than `batch_size` images at a time.
 from saccade.explain.methods.cam import grad_cam
 from saccade.explain.methods.control import random
 from saccade.explain.methods.gradients import gradient, input_x_gradient, integrated_gradients
+from saccade.explain.methods.normgrad import normgrad
 from saccade.explain.methods.perturbation import occlusion
 from saccade.explain.methods.rollout import attention_rollout
 
@@ -17,6 +18,7 @@ __all__ = [
     "gradient",
     "input_x_gradient",
     "integrated_gradients",
+    "normgrad",
     "occlusion",
     "random",
 ]
