@@ -2,7 +2,18 @@
 
 from saccade.data.augment import Augment, normalize
 from saccade.data.decode import read_image
+from saccade.data.evidence import Evidence, known_evidence
 from saccade.data.images import ImageData, Images, Skipped
 from saccade.data.load import load_images
 
-__all__ = ["Augment", "ImageData", "Images", "Skipped", "load_images", "normalize", "read_image"]
+__all__ = [
+    "Augment",
+    "Evidence",
+    "ImageData",
+    "Images",
+    "Skipped",
+    "known_evidence",
+    "load_images",
+    "normalize",
+    "read_image",
+]

@@ -7,21 +7,30 @@ The package itself can be called as `explain`, because `saccade.explain` names b
 import sys
 from types import ModuleType
 
+from saccade.explain.additivity import Additivity, additivity
 from saccade.explain.attribute import Explanation, explain, list_methods
 from saccade.explain.faithfulness import Faithfulness, faithfulness
+from saccade.explain.localization import Localization, localization
 from saccade.explain.overlay import overlay, save_overlay
+from saccade.explain.reference_frame import FrameScores, frame_scores
 from saccade.explain.sanity import Randomization, class_sensitivity, parameter_randomization
 from saccade.explain.score import Score
 
 __all__ = [
+    "Additivity",
     "Explanation",
     "Faithfulness",
+    "FrameScores",
+    "Localization",
     "Randomization",
     "Score",
+    "additivity",
     "class_sensitivity",
     "explain",
     "faithfulness",
+    "frame_scores",
     "list_methods",
+    "localization",
     "overlay",
     "parameter_randomization",
     "save_overlay",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
-__all__ = ["FILLERS", "patch_relevance", "rank", "removal_curves"]
+__all__ = ["FILLERS", "blur_mirrored", "patch_areas", "patch_relevance", "rank", "removal_curves", "remove"]
 
 
 def _blur(images: Tensor) -> Tensor:
@@ -29,6 +29,30 @@ FILLERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda images: images.mean((2, 3), keepdim=True).expand_as(images),
     "zero": torch.zeros_like,
 }
+
+
+def blur_mirrored(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of `sigma` pixels, cut at 4 sigma, of an image mirrored at its edges as often as that takes."""
+    radius = int(4 * sigma + 0.5)
+    steps = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.softmax(-(steps.to(images.dtype) ** 2) / (2 * sigma**2), 0)
+    rows, columns = (_mirrored_filter(side, steps, weights) for side in images.shape[-2:])
+    return rows @ images @ columns.mT
+
+
+def _mirrored_filter(side: int, steps: Tensor, weights: Tensor) -> Tensor:
+    """(side, side), whose row i holds the weights of the pixels that are seen from i: d c b a | a b c d | d c b a."""
+    seen = (torch.arange(side, device=steps.device)[:, None] + steps) % (2 * side)
+    seen = torch.where(seen < side, seen, 2 * side - 1 - seen)
+    return weights.new_zeros(side, side).scatter_add_(1, seen, weights.expand(side, -1))
+
+
+def patch_areas(size: torch.Size, patch: int) -> Tensor:
+    """(P,), pixels of each patch of an image (H, W): less at the border where `patch` does not divide it."""
+    sides = [
+        (torch.arange(0, length, patch) + patch).clamp(max=length) - torch.arange(0, length, patch) for length in size
+    ]
+    return (sides[0][:, None] * sides[1]).flatten().double()
 
 
 def patch_relevance(maps: Tensor, patch: int) -> Tensor:
@@ -78,10 +102,14 @@ def removal_curves(
     for job in torch.arange(batch * orders * len(middle), device=device).split(batch_size):
         owner, order, step = torch.unravel_index(job, (batch, orders, len(middle)))
         gone = ranks[owner, order] < middle[step, None]
-        pixels = _to_pixels(gone, patch, images.shape[-2:])
-        values.append(readout(torch.where(pixels, filled[owner], images[owner]), owner))
+        values.append(readout(remove(images[owner], filled[owner], gone, patch), owner))
     curves[:, :, 1:-1] = torch.cat(values).view(batch, orders, len(middle), *rest)
     return curves
+
+
+def remove(images: Tensor, filled: Tensor, gone: Tensor, patch: int) -> Tensor:
+    """Images (n, C, H, W) with the patches of `gone` (n, P) as in `filled`."""
+    return torch.where(_to_pixels(gone, patch, images.shape[-2:]), filled, images)
 
 
 def _to_pixels(patches: Tensor, patch: int, size: torch.Size) -> Tensor:

@@ -79,8 +79,8 @@ def check_confidence(confidence: float, repeats: int, num_images: int) -> None:
 def correlate(first: Tensor, second: Tensor) -> Tensor:
     """Pearson's correlation along the last axis; 0 where one side is constant.
 
-    >>> correlate(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]])).tolist()
-    [-1.0]
+    >>> round(correlate(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])).item(), 6)
+    -1.0
     """
     a, b = (each - each.mean(-1, keepdim=True) for each in (first.double(), second.double()))
     scale = a.norm(dim=-1) * b.norm(dim=-1)
