@@ -48,7 +48,8 @@ def skip_tuple_fields(app: Any, what: str, name: str, member: Any, skip: bool, o
 def _escape(text: str) -> str:
     """Words outside of backticks, in which no character means anything to reStructuredText; `.grad` keeps its dot."""
     text = re.sub(r"(`+[^`]*`+)|([*|])|(?<=\w)_(?!\w)", lambda found: found[1] or f"\\{found[0]}", text)
-    return re.sub(r"(?<!`)`([.~!][^`]*)`(?!`)", r"``\1``", text)
+    # span by span: what closes one must not open the next
+    return re.sub(r"(`+)([^`]+)\1", lambda span: f"``{span[2]}``" if span[2][0] in ".~!" else span[0], text)
 
 
 def _table_row(line: str, first: bool) -> list[str]:

@@ -28,8 +28,8 @@ _NAMES = ("ccs", "cgc", "pgs", "cgs")
 class FrameScores:
     """What `frame_scores` measured: areas over the removed share from 0.1 to 0.9, not divided by that width.
 
-    |area| is at most 0.8. Removal of nothing and of all is not on the curve, so areas of other libraries, and those of
-    `faithfulness`, are on another scale.
+    An area is at most 0.8, either way. Removal of nothing and of all is not on the curve, so areas of other libraries,
+    and those of `faithfulness`, are on another scale.
 
     Attributes:
         ccs: class contrastive score, the area of p[A] - p[B]: small is good.
