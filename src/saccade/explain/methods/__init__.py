@@ -9,6 +9,7 @@ from saccade.explain.methods.cam import grad_cam
 from saccade.explain.methods.control import random
 from saccade.explain.methods.gradients import gradient, input_x_gradient, integrated_gradients
 from saccade.explain.methods.normgrad import normgrad
+from saccade.explain.methods.operations import relevance
 from saccade.explain.methods.perturbation import occlusion
 from saccade.explain.methods.rollout import attention_rollout
 
@@ -21,4 +22,5 @@ __all__ = [
     "normgrad",
     "occlusion",
     "random",
+    "relevance",
 ]
