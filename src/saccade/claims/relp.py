@@ -76,7 +76,7 @@ def all_three_agree_on_a_linear_model() -> dict[str, float]:
 @claim("property", {"RelP": "the metric", "input times gradient": "not"}, source=METHOD)
 def a_chain_without_biases_conserves() -> dict[str, str]:
     """For Linear - GELU - Linear - SiLU - Linear without biases, the sum of a * c is the metric at every layer under
-    the     Identity-rule, up to its 1e-6 next to zero, and of a * gradient it is not."""
+    the Identity-rule, up to its 1e-6 next to zero, and of a * gradient it is not."""
     model, inputs, metric = _chain(bias=False)
     value = metric(model(inputs)).item()
 

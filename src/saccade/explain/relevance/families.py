@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.explain.relevance.tape import Node, Value
 
-__all__ = ["FAMILIES", "MAPS", "SHAPES_ONLY", "family_of", "trait_of"]
+__all__ = ["DROPS", "FAMILIES", "MAPS", "SHAPES_ONLY", "family_of", "trait_of"]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     # maps with weights; with two operands that depend on the input, matrix products are "product"
@@ -208,11 +208,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "_scaled_dot_product_fused_attention_overrideable",
     ),
     "embedding": ("embedding",),
+    "blend": ("lerp", "addcmul"),
     "sampler": ("grid_sampler_2d", "grid_sampler_3d"),
     "step": ("floor", "ceil", "round", "trunc", "sign", "sgn", "heaviside", "floor_divide", "remainder", "fmod"),
 }
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 MAPS = ("convolution", "dense")
+DROPS = ("masked_fill", "where", "tril", "triu", "constant_pad_nd", "scatter", "index_put", "native_dropout", "col2im")
+"""Moves after which an entry may come from no operand."""
 SHAPES_ONLY = (
     "new_zeros",
     "new_ones",
@@ -238,11 +241,11 @@ def family_of(node: "Node") -> str:
     family = FAMILY.get(node.op, "unknown")
     if family in (*MAPS, "scale"):
         factors = _factors(node)
-        if all(value.active for value in factors):
+        if len(factors) == 2 and all(value.active for value in factors):
             return "gate" if family == "scale" else "product"
         if not any(value.active for value in factors):
             return "add"  # only the term that a matrix product is added to
-        if node.op == "div" and node.inputs[-1].active and len(node.inputs) == 2:
+        if node.op == "div" and not getattr(node.args[0], "active", False):
             return "activation"  # a constant over x
     return family
 

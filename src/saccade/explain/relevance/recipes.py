@@ -143,6 +143,7 @@ def _recipe(name: str, *entries: On, eps: float = rules.EPS) -> Recipe:
             On("add", rules.terms(eps)),
             On("mix", rules.epsilon(eps)),
             On("statistic", rules.epsilon(eps)),
+            On("blend", rules.blend(eps)),
             On("sampler", rules.first_operand(eps)),
             On("step", rules.absorb("step")),
             On("norm", rules.affine(eps)),
@@ -328,23 +329,14 @@ _BENDS = ("gelu", "silu", "mish", "elu", "celu", "selu", "hardswish", "leaky_rel
 
 def _derivatives() -> tuple[On, ...]:
     plain = rules.coefficient()
-    light = replace(plain, inputs=False, output=False)
-    structural = ("convolution", "dense", "add", "scale", "mix", "move")
-    attention = On("attention", rules.attention_coefficient())
-    others = (
-        "winner",
-        "activation",
-        "softmax",
-        "log_softmax",
-        "norm",
-        "statistic",
-        "product",
-        "gate",
-        "sampler",
-        "step",
+    light = replace(plain, inputs=False, output=False)  # linear operations need no values
+    bends = "winner activation softmax log_softmax norm statistic product gate sampler step blend"
+    return (
+        On("attention", rules.attention_coefficient()),
+        On("embedding", rules.embedding_coefficient()),
+        *(On(family, light) for family in ("convolution", "dense", "add", "scale", "mix", "move")),
+        *(On(family, plain) for family in bends.split()),
     )
-    embedding = On("embedding", rules.embedding())
-    return (attention, embedding, *(On(f, light) for f in structural), *(On(f, plain) for f in others))
 
 
 _RECIPES = {

@@ -23,6 +23,7 @@ __all__ = [
     "alpha_beta",
     "attention_by_equation",
     "attention_coefficient",
+    "blend",
     "clamped",
     "coefficient",
     "embedding",
@@ -146,6 +147,19 @@ def first_operand(eps: float = EPS) -> Rule:
     return Rule("first_operand", share, inputs=True, output=True)
 
 
+def blend(eps: float = EPS) -> Rule:
+    """`epsilon` of a + t b c, where b and c get half of their product, and of a + w (b - a), where w is held fixed."""
+
+    def share(node: Node, relevance: Tensor) -> Shares:
+        shares = _weighed(node, adjoint(node, [_quotient(relevance, node.output.tensor, eps)]))
+        if node.op == "lerp":
+            return [*shares[:2], *[None] * (len(shares) - 2)]
+        both = all(value.active for value in node.inputs[1:])
+        return [s if s is None or place == 0 or not both else s / 2 for place, s in enumerate(shares)]
+
+    return Rule("blend", share, inputs=True, output=True)
+
+
 def product_to_both(eps: float = EPS, *, times: float = 1.0) -> Rule:
     """Of a matrix product of two operands, both get all (counted twice, as official code does); half with `times` 2."""
 
@@ -237,7 +251,7 @@ def move() -> Rule:
             return epsilon().share(node, relevance)
         return adjoint(node, [relevance])
 
-    return Rule("move", share, exact=True, many=adjoint)
+    return Rule("move", share, many=adjoint)
 
 
 def winner() -> Rule:
@@ -460,6 +474,15 @@ def embedding() -> Rule:
     return Rule("embedding", share, exact=True)
 
 
+def embedding_coefficient() -> Rule:
+    """A token id carries the relevance of its row, row times coefficient."""
+
+    def share(node: Node, c: Tensor) -> Shares:
+        return [None, (node.output.tensor * c).sum(-1)] if node.inputs[1].active else adjoint(node, [c])
+
+    return Rule("embedding", share, output=True)
+
+
 # of softmax and fused attention
 
 
@@ -580,16 +603,22 @@ def norm_coefficient() -> Rule:
 def attention_coefficient(*, values_only: bool = False) -> Rule:
     """The derivative of fused attention, or of its values with the weights held fixed (the AH-rule)."""
 
-    def share(node: Node, c: Tensor) -> Shares:
+    def many(node: Node, messages: Sequence[Tensor | None]) -> Shares:
         query, key, value, mask, weights, scale = _attention(node)
         shares: Shares = [None] * len(node.inputs)
-        shares[2] = weights.mT @ c
-        if not values_only:
+        c, of_lse = messages[:2]  # the log of the sum of exponentials, where parts are merged by it
+        d = torch.zeros_like(weights)
+        if c is not None:
+            shares[2] = weights.mT @ c
             at_weights = weights * (c @ value.mT)
             d = at_weights - weights * at_weights.sum(-1, keepdim=True)
+        if of_lse is not None:
+            d = d + weights * of_lse[..., None]
+        if not values_only:
             shares[0], shares[1] = scale * (d @ key), scale * (d.mT @ query)
             if mask is not None and node.inputs[3].active:
                 shares[3] = d.sum_to_size(mask.shape)
         return shares
 
-    return Rule("values_only" if values_only else "derivative", share, inputs=True)
+    name = "values_only" if values_only else "derivative"
+    return Rule(name, lambda node, c: many(node, [c, None]), inputs=True, many=many)

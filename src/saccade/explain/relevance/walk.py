@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.explain.relevance.adjoints import Shares
+from saccade.explain.relevance.families import DROPS
 from saccade.explain.relevance.recipes import Recipe
 from saccade.explain.relevance.rules import Rule
 from saccade.explain.relevance.tape import Node, Tape, Value
@@ -128,11 +129,18 @@ def _book(
         if part is not None and not value.active:
             taken = part.sum() if kind == "relevance" else (part * value.tensor).sum()
             _enter(ledger, (_owner(node, value), _kind(node, value), node.op), taken)
-    if kind == "coefficient" or rule.exact or any(v.dtype.is_complex for v in (*node.inputs, *node.outputs) if v):
+    spectral = any(v.dtype.is_complex for v in (*node.inputs, *node.outputs) if v)
+    if kind == "coefficient" or rule.exact or spectral or _only_moves(node):
         return
     came = sum(message.sum() for message in messages if message is not None)
     went = sum(part.sum() for part in shares if part is not None)
     _enter(ledger, (node.layer, "unknown" if rule.name == "unknown" else "rule", node.op), torch.as_tensor(came - went))
+
+
+def _only_moves(node: Node) -> bool:
+    """Whether all that a move gets goes on to an operand, so that nothing needs adding up."""
+    constants = any(value.dtype.is_floating_point and not value.active for value in node.inputs)
+    return node.family == "move" and node.op not in DROPS and not constants
 
 
 def _enter(ledger: dict[_Key, Tensor], key: _Key, amount: Tensor) -> None:
