@@ -225,3 +225,28 @@ def test_an_operation_without_a_rule_is_named_with_its_share():
     assert_close(found.unknown["special_bessel_j0"], ((j / (j + x)).abs().sum() / 12).item())
     assert "special_bessel_j0" not in {each.op for each in found.absorbed}
     assert relevance(lambda y: y.sin(), x, start=x).unknown == {}
+
+
+def test_a_number_takes_nothing_under_any_recipe():
+    x, r = inputs(3, 4), inputs(3, 4, seed=1)
+    for program in (lambda y: y * 0.5, lambda y: 3 * y, lambda y: y / 2):
+        assert_close(relevance(program, x, start=r).map, r)
+        ours, theirs = (relevance(program, x, start=r, recipe=recipe).map for recipe in ("relp", "gradient"))
+        assert_close(ours, theirs)
+
+
+def test_what_a_mask_drops_stands_in_the_ledger():
+    x, r = inputs(3, 4), inputs(3, 4, seed=1)
+    found = relevance(lambda y: y.masked_fill(torch.eye(3, 4) > 0, 7.0), x, start=r)
+    assert_close(sum(each.amount for each in found.absorbed), r.diagonal().sum().item())
+    assert_close(found.error.sum().item(), -r.diagonal().sum().item())
+
+
+def test_blends_are_sums():
+    a, b, c, r = (inputs(3, 4, seed=seed) for seed in range(4))
+    for found, terms in (
+        (relevance(lambda x, y: torch.lerp(x, y, 0.3), a, b, start=r), (0.7 * a, 0.3 * b)),
+        (relevance(lambda x, y, z: torch.addcmul(x, y, z), a, b, c, start=r), (a, b * c / 2, b * c / 2)),
+    ):
+        for ours, term in zip(found.map, terms):
+            assert_close(ours, term / sum(terms) * r)
