@@ -16,6 +16,10 @@ KEYS = claimed_keys()
 CLAIMS = [(key, claim) for key in KEYS for claim in load_paper(key).claims]
 KNOWN_FAILURES = {
     ("convit", "gates fall in training"): "a few hundred steps on digits are not 300 epochs of ImageNet",
+    (
+        "dynamic_lrp",
+        "ranks pixels no worse than input times gradient",
+    ): "on two convolutions it is the epsilon rule, and shares of biases by magnitude only take from it",
     ("efficient_dlm", "clean blocks change the weights less"): "two-sided attention learns less in so few steps",
     (
         "normgrad",
