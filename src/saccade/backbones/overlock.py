@@ -257,12 +257,12 @@ class _KeepBoth(nn.Module):
         return x, context
 
 
-class _Affine(nn.Module):
+class ChannelAffine(nn.Module):
     """A learned factor and summand for each channel, (B, C, H, W) to the same."""
 
     def __init__(self, dim: int, init: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), init))
+        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), float(init)))
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class _ScaledSum(nn.Module):
 
     def __init__(self, dim: int, scale: float | None, of_shortcut: bool) -> None:
         super().__init__()
-        self.scale = nn.Identity() if scale is None else _Affine(dim, scale)
+        self.scale = nn.Identity() if scale is None else ChannelAffine(dim, scale)
         self.of_shortcut = of_shortcut
 
     def forward(self, x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
@@ -372,8 +372,8 @@ class _FocusBlock(nn.Module):
         super().__init__()
         both = dim + context
         self.widths = (dim, context)
-        self.own_scale = _Affine(context) if renew else None
-        self.original_scale = _Affine(context) if renew else None
+        self.own_scale = ChannelAffine(context) if renew else None
+        self.original_scale = ChannelAffine(context) if renew else None
         self.conv1 = ResidualDepthwise(both)
         self.norm1 = _MapNorm(both)
         self.fusion = nn.Sequential(

@@ -109,9 +109,10 @@ class ContMix(Mixer):
         k = split_heads(self.k(_pool(context, (self.num_regions,) * 2)), self.num_heads).flatten(2, 3).mT
         kernels, counts = [], [size**2 for size in self.kernel_sizes]
         weights, biases = self.kernels.weight.split(counts), self.kernels.bias.split(counts)
+        affinities = q @ k if self.impl == "reference" else None
         for size, weight, bias, table in zip(self.kernel_sizes, weights, biases, (self.small_bias, self.large_bias)):
             # D is far below the number of regions: it is cheaper to make a head's own layer than its affinities
-            logits = (q @ k) @ weight.mT if self.impl == "reference" else q @ (k @ weight.mT)
+            logits = q @ (k @ weight.mT) if affinities is None else affinities @ weight.mT
             logits += bias
             logits.view(*logits.shape[:2], *space, size, size).add_(window_bias(table, space))
             shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
