@@ -60,7 +60,7 @@ def test_arguments_that_do_not_fit_the_state_are_refused():
 
 @pytest.mark.parametrize(("key", "cls"), [("agent", "agent_deit.VisionTransformer")])
 def test_whole_networks_are_refused(key, cls):
-    with pytest.raises(InputError, match=f"is a case of {cls}: whole networks come with the backbones"):
+    with pytest.raises(InputError, match=f"is a case of {cls}: replay serves AgentAttention of agent_swin"):
         replay(changed(case_of(f"{key}/open"), cls=cls))
 
 

@@ -21,6 +21,7 @@ VARIANTS = {
         {"sink_frames": 0, "recent_frames": 2, "whole_chunk": True, "qkv_bias": False},
     ],
     "cont_mix": [{"num_heads": 2, "kernel_size": 5, "small_kernel": 3, "num_regions": 2, "scale": 0.3}],
+    "cross_shaped": [{"num_heads": 2, "stripe_size": 3}, {"stripe_size": None, "qkv_bias": False}],
     "depthwise_conv": [{"kernel_size": 3}],
     "elastic_span": [
         {"num_heads": 2, "rules": [ElasticSpan(1, 0.25, 2), ElasticSpan(-3, 1.0, 1)], "causal": True, "scale": 0.3},
@@ -72,6 +73,7 @@ NO_PREFIX = {
     "block_causal": "a token that sees all and is seen by all would carry the future into the past",
     "chunked_history": "a token that all see would tell early chunks of later ones",
     "cont_mix": "a token outside the map has no window, and is in no region",
+    "cross_shaped": "a token outside the map is in no stripe",
     "depthwise_conv": "fixed local weights know no token outside the map",
     "factorized": "keys are made of windows and of a reduced map, and a token outside the map is in neither",
     "focal_modulation": "context is gathered by convolutions, and a token outside the map has no place in them",
@@ -102,6 +104,7 @@ PREFIX_OPTION = {
 IMAGES_ONLY = {
     "agent": "agents are pooled from a map of two axes, for which the biases are learned",
     "cont_mix": "its regions and kernels are square",
+    "cross_shaped": "its stripes run down and across",
     "factorized": "its windows and its coarse map are of two axes",
     "outlook": "its windows are square",
     "varied_window": "places are interpolated between rows and columns",

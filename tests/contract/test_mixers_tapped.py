@@ -83,6 +83,16 @@ def finish_cont_mix(mixer, x, attention):
     return mixer.proj((attention @ value).transpose(1, 2).flatten(2).view_as(x))
 
 
+def finish_cross_shaped(mixer, x, attention):
+    """What the convolutions of values add is found by leaving them out."""
+    plain = copy.deepcopy(mixer)
+    for conv in plain.lepe:
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    value = mixer.qkv(x.flatten(1, 2)).chunk(3, -1)[2].unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2)
+    return mixer.proj((attention @ value).transpose(1, 2).flatten(2).view_as(x)) + mixer(x) - plain(x)
+
+
 def finish_factorized(mixer, x, attention):
     """From the values of tokens and coarse cells; what convolutions of values add is found by leaving them out."""
     plain = copy.deepcopy(mixer)
@@ -126,6 +136,7 @@ FINISH = {
     "agent": finish_agent,
     "bi_level_routing": finish_bi_level_routing,
     "cont_mix": finish_cont_mix,
+    "cross_shaped": finish_cross_shaped,
     "factorized": finish_factorized,
     "gated_positional": finish_outlook,  # values of a projection of their own
     "halo": finish_halo,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.backbones import (
+    agent,
     biformer,
     convit,
     davit,
@@ -25,6 +26,7 @@ from saccade.backbones import (
     transnext,
     volo,
 )
+from saccade.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentPyramid, AgentSwin
 from saccade.backbones.backbone import Backbone, FeatureExtractor, FeatureInfo
 from saccade.backbones.biformer import BiFormer
 from saccade.backbones.convit import ConViT
@@ -57,6 +59,11 @@ __all__ = [
     "DHVT",
     "MOAT",
     "VOLO",
+    "AgentCSwin",
+    "AgentDeiT",
+    "AgentPVT",
+    "AgentPyramid",
+    "AgentSwin",
     "Backbone",
     "BiFormer",
     "ConViT",
@@ -92,6 +99,7 @@ __all__ = [
 ]
 
 _FAMILIES = (
+    agent,
     biformer,
     convit,
     davit,

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.backbones.convolution import SameConv2d
 from saccade.errors import check_choice
 
-__all__ = ["Downsample", "PatchEmbed", "TieredStem", "channels_first", "channels_last"]
+__all__ = ["Downsample", "PatchEmbed", "PatchMerging", "TieredStem", "channels_first", "channels_last"]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -79,6 +80,28 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return channels_last(self.reduction(channels_first(self.norm(x))))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours side by side, a norm and a linear layer (Swin, Liu et al., 2021, arXiv:2103.14030): (B, H, W, C)
+    to (B, H', W', C'). A map of odd sides gets zeros at its end.
+
+    Args:
+        dim, dim_out: C and C'.
+        norm: makes the norm.
+    """
+
+    def __init__(self, dim: int, dim_out: int, *, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (-length % 2 for length in x.shape[1:3])
+        x = F.pad(x, (0, 0, 0, width, 0, height)) if height or width else x
+        neighbours = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)  # down, then across
+        out: Tensor = self.reduction(self.norm(neighbours.flatten(3)))
+        return out
 
 
 class TieredStem(nn.Sequential):

@@ -13,6 +13,7 @@ from saccade.mixers.block_causal import BlockCausalAttention
 from saccade.mixers.channel import ChannelAttention
 from saccade.mixers.chunked_history import ChunkedHistoryAttention
 from saccade.mixers.cont_mix import ContMix
+from saccade.mixers.cross_shaped import CrossShapedAttention
 from saccade.mixers.elastic_span import ElasticSpanAttention
 from saccade.mixers.factorized import FactorizedAttention
 from saccade.mixers.focal_modulation import FocalModulation
@@ -45,6 +46,7 @@ __all__ = [
     "ChannelAttention",
     "ChunkedHistoryAttention",
     "ContMix",
+    "CrossShapedAttention",
     "DeformableLifting",
     "DepthwiseConv",
     "ElasticSpanAttention",

@@ -1,6 +1,7 @@
 """Agent attention (Han et al., 2023, arXiv:2312.08874), with its position biases and depthwise convolution."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,13 @@ class AgentAttention(Mixer):
         table = F.interpolate(self.na_bias, size, mode="bilinear").permute(0, 2, 3, 1).unsqueeze(0)
         bias = (table + _resize(self.ha_bias, size[0], 2) + _resize(self.wa_bias, size[1], 3)).flatten(2, 3)
         return torch.cat([self.ca_bias, bias], 2) if self.num_prefix else bias
+
+
+def resize_biases(bias: Tensor, shape: Sequence[int]) -> Tensor:
+    """Biases of rows and columns for a map of another size, as they are used on one: interpolated linearly."""
+    for axis, length in enumerate(shape):
+        bias = _resize(bias, length, axis)
+    return bias
 
 
 def _to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
