@@ -9,7 +9,7 @@ from saccade.errors import InputError
 from saccade.explain import explain, faithfulness
 from tests.explain.nets import ConvNet, images, linear
 
-METHODS = ["gradient", "grad_cam", "input_x_gradient", "integrated_gradients", "normgrad", "occlusion"]
+METHODS = ["gradient", "grad_cam", "input_x_gradient", "integrated_gradients", "normgrad", "occlusion", "relevance"]
 QUESTIONS = {
     "class": ({"target": 1}, [0.0, 1, 0, 0]),
     "class against class": ({"target": 1, "against": 3}, [0.0, 1, 0, -1]),
