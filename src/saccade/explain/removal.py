@@ -85,7 +85,8 @@ def removal_curves(
         ranks: (B, orders, P) from `rank`; rank 0 goes first.
         counts: (K + 1,) patches removed at each step, rising from 0 to P.
         patch: side of a patch in pixels; P = ceil(H / patch) * ceil(W / patch).
-        batch_size: the most images in one call of `readout`.
+        batch_size: the most images in one call of `readout`, which must not keep them: the next call finds others in
+            their place.
 
     Returns: (B, orders, K + 1, ...).
     """
@@ -99,10 +100,17 @@ def removal_curves(
 
     middle = counts[1:-1].to(device)
     values = [curves.new_empty(0, *rest)]
-    for job in torch.arange(batch * orders * len(middle), device=device).split(batch_size):
+    jobs = torch.arange(batch * orders * len(middle), device=device)
+    room = images.new_empty(min(batch_size, len(jobs)), *images.shape[1:])  # one for all batches: memory is what costs
+    for job in jobs.split(batch_size):
         owner, order, step = torch.unravel_index(job, (batch, orders, len(middle)))
-        gone = ranks[owner, order] < middle[step, None]
-        values.append(readout(remove(images[owner], filled[owner], gone, patch), owner))
+        pixels = _to_pixels(ranks[owner, order] < middle[step, None], patch, images.shape[-2:])
+        part, start = room[: len(job)], 0
+        for image, count in zip(*(each.tolist() for each in owner.unique_consecutive(return_counts=True))):
+            here = slice(start, start + count)
+            torch.where(pixels[here], filled[image], images[image], out=part[here])
+            start += count
+        values.append(readout(part, owner))
     curves[:, :, 1:-1] = torch.cat(values).view(batch, orders, len(middle), *rest)
     return curves
 
