@@ -1,7 +1,7 @@
 """Recorded cases of official code: reading one, running our module on it, comparing the results.
 
 A case is NAME.safetensors with NAME.json beside it. Tensors are called `state.*` (official parameters and buffers),
-`in.*`, `out.*`, and `grad.in.*` (or `grad.*`) and `grad.state.*`: gradients of the sum of out * in.cotangent over the
+`in.*`, `out.*`, and `grad.in.*` and `grad.state.*` (or `grad.*`): gradients of the sum of out * in.cotangent over the
 outputs that have a cotangent, or of the plain sum of all outputs where none is recorded. The JSON file says which class
 ran, and with which arguments.
 """
@@ -39,7 +39,7 @@ __all__ = [
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
 
-_GROUP = r"^((?:grad\.)?(?:in|out|state)\.)"
+_GROUP = r"^((?:grad\.)?(?:in|out|state)\.|grad\.)"
 _NOISE = 1e-3  # of the largest gradient: what float32 leaves of a gradient that is 0 in theory is far below
 
 
@@ -162,7 +162,11 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
-def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
+def play(
+    case: Case,
+    forward: Callable[[Tensors, Tensors], Tensors],
+    loss: Callable[[Tensors, Tensors], Tensor] | None = None,
+) -> Tensors:
     """Run `forward(state, inputs)` on a case; return its outputs and the recorded gradients under the recorded names.
 
     Args:
@@ -170,8 +174,9 @@ def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
             reshaping the state inside `forward` is differentiated too, so that gradients come out in official shapes.
         forward: returns outputs by name, without "out.". Where one `cotangent` is recorded and not one an output, it
             belongs to the first; where none is, gradients are of the plain sum of all outputs.
+        loss: (outputs, inputs) -> what was differentiated, where it is neither.
     """
-    wanted = {name: _source(name) for name in case.expected if name.startswith("grad.")}
+    wanted = {name: _source(name, case.tensors) for name in case.expected if name.startswith("grad.")}
     leaves = {  # running means and the like must not ask for a gradient
         name: tensor.clone().requires_grad_(name in wanted.values())
         for name, tensor in case.tensors.items()
@@ -190,17 +195,20 @@ def play(case: Case, forward: Callable[[Tensors, Tensors], Tensors]) -> Tensors:
             cotangents[next(iter(outputs))] = inputs["cotangent"]
         if not any(name.startswith("cotangent") for name in inputs):
             cotangents = {name: torch.ones_like(output) for name, output in outputs.items()}
-        loss = sum((outputs[name] * given).sum() for name, given in cotangents.items() if given is not None)
+        total: Any = sum((outputs[name] * given).sum() for name, given in cotangents.items() if given is not None)
+        total = total if loss is None else loss(outputs, inputs)
         sources = [leaves[name] for name in wanted.values()]
-        grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        grads = torch.autograd.grad(total, sources, allow_unused=True, materialize_grads=True)
         results |= dict(zip(wanted, grads))
     return results
 
 
-def _source(grad: str) -> str:
-    """The tensor that a recorded gradient belongs to: "in.x" for "grad.in.x" and for "grad.x"."""
+def _source(grad: str, tensors: Tensors) -> str:
+    """The tensor of a recorded gradient: of "grad.in.x" "in.x"; of "grad.x" "state.x", or "in.x" without one."""
     name = grad.removeprefix("grad.")
-    return name if name.startswith(("in.", "state.")) else f"in.{name}"
+    if name.startswith(("in.", "state.")):
+        return name
+    return f"state.{name}" if f"state.{name}" in tensors else f"in.{name}"
 
 
 def replay_parts(case: Case, args: Mapping[str, Mapping[str, Any]], replay: Callable[[Case], Tensors]) -> Tensors:
