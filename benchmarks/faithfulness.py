@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
     if args.size % args.patch:
         parser.error(f"--size {args.size} is no multiple of --patch {args.patch}: Quantus cuts no patch at the border")
