@@ -162,6 +162,25 @@ def test_attention_is_the_same_fused_and_written_out():
             assert_close(next(iter(one.heads.values())), start.sum((2, 3)))
 
 
+def test_heads_that_share_keys_are_heads_with_copies_of_them():
+    query, key, value, start = (
+        inputs(2, 4, 5, 3),
+        *(inputs(2, 2, 5, 3, seed=seed) for seed in (1, 2)),
+        inputs(2, 4, 5, 3),
+    )
+
+    def shared(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def copied(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+    for recipe in ("epsilon", "cp_lrp", "gradient", recipes.relp(["AH-rule"])):
+        one, two = (relevance(f, query, key, value, recipe=recipe, start=start) for f in (shared, copied))
+        for ours, theirs in zip(one.map, two.map):
+            assert_close(ours, theirs)
+
+
 def test_softmax_rule_is_its_expansion():
     x, r = inputs(3, 5), inputs(3, 5, seed=1)
     p = x.softmax(1)

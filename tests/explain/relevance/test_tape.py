@@ -57,6 +57,11 @@ def mask_made_in_place(x):
     return x.masked_fill(mask, 0) + x.clone().masked_fill_(~mask, -1) * x
 
 
+def shared_heads(x):
+    query = torch.stack([x, x.sin(), x.cos(), x * 3])[None]
+    return F.scaled_dot_product_attention(query, query[:, 1:3], query[:, 2:4], enable_gqa=True).sum((0, 1))
+
+
 def keeps_old_versions(x):
     y = x * 1
     z = y * y  # its derivative reads y as it is here
@@ -99,6 +104,7 @@ PROGRAMS = [
     lambda x: F.scaled_dot_product_attention(*[x[None, None].expand(2, 1, -1, -1)] * 3).sum(0)[0],
     lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, attn_mask=x @ x.T, is_causal=False)[0, 0],
     lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True)[0, 0],
+    shared_heads,
     lambda x: F.layer_norm(x, (4,)),
     lambda x: F.rms_norm(x, (4,)),
     lambda x: F.group_norm(x[:, :, None, None].expand(3, 4, 2, 2), 2).flatten(1),

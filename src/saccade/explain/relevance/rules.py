@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.explain.relevance.adjoints import Map, Shares, adjoint, affine_norm, read_map
-from saccade.explain.relevance.tape import Node
+from saccade.explain.relevance.tape import Node, Value
 
 __all__ = [
     "Rule",
@@ -513,12 +513,13 @@ def attention_by_equation(eps: float = EPS, *, values_only: bool = False) -> Rul
         s = relevance / stabilise(node.output.tensor, eps)
         shares: Shares = [None] * len(node.inputs)
         if values_only:
-            shares[2] = value * (weights.mT @ s)
+            shares[2] = _of_heads(value * (weights.mT @ s), node.inputs[2])
             return shares
-        shares[2] = value * (weights.mT @ s) / 2
+        shares[2] = _of_heads(value * (weights.mT @ s) / 2, node.inputs[2])
         of_weights = weights * (s @ value.mT) / 2
         c = of_weights - weights * of_weights.sum(-1, keepdim=True)  # R / x at the logits
-        shares[0], shares[1] = (x * part * (scale / 2) for x, part in ((query, c @ key), (key, c.mT @ query)))
+        shares[0] = query * (c @ key) * (scale / 2)
+        shares[1] = _of_heads(key * (c.mT @ query) * (scale / 2), node.inputs[1])
         if mask is not None:
             shares[3] = mask.masked_fill(mask.isinf(), 0) * c.sum_to_size(mask.shape)
         return shares
@@ -527,8 +528,11 @@ def attention_by_equation(eps: float = EPS, *, values_only: bool = False) -> Rul
 
 
 def _attention(node: Node) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, float]:
-    """Query, key, value, the mask if it is added, the weights, and the scale."""
+    """Query, key, value (a head of keys stands once for each head of queries that shares it), the mask if it is added,
+    the weights, and the scale."""
     query, key, value = (each.tensor for each in node.inputs[:3])
+    if query.ndim > 2 and key.shape[-3] < query.shape[-3]:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     schema = [argument.name for argument in node.func._schema.arguments]
     named = dict(zip(schema, node.args)) | node.kwargs
     scale = named.get("scale")
@@ -542,6 +546,11 @@ def _attention(node: Node) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tenso
         upper = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         logits = logits.masked_fill(upper, -torch.inf)
     return query, key, value, added, logits.softmax(-1).nan_to_num(0.0), scale
+
+
+def _of_heads(part: Tensor, shared: Value) -> Tensor:
+    """What heads of queries give to the heads of keys or values that they share, added up."""
+    return part if part.shape == shared.tensor.shape else part.unflatten(-3, (shared.tensor.shape[-3], -1)).sum(-3)
 
 
 # of norms
@@ -609,13 +618,13 @@ def attention_coefficient(*, values_only: bool = False) -> Rule:
         c, of_lse = messages[:2]  # the log of the sum of exponentials, where parts are merged by it
         d = torch.zeros_like(weights)
         if c is not None:
-            shares[2] = weights.mT @ c
+            shares[2] = _of_heads(weights.mT @ c, node.inputs[2])
             at_weights = weights * (c @ value.mT)
             d = at_weights - weights * at_weights.sum(-1, keepdim=True)
         if of_lse is not None:
             d = d + weights * of_lse[..., None]
         if not values_only:
-            shares[0], shares[1] = scale * (d @ key), scale * (d.mT @ query)
+            shares[0], shares[1] = scale * (d @ key), _of_heads(scale * (d.mT @ query), node.inputs[1])
             if mask is not None and node.inputs[3].active:
                 shares[3] = d.sum_to_size(mask.shape)
         return shares
