@@ -1,6 +1,7 @@
 """What every test starts from: a seeded generator, one thread a worker, and hypothesis that draws the same examples."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -19,3 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Networks share code, and torch refuses to compile the same code for more than eight of them in one process."""
+    if compiler := sys.modules.get("torch._dynamo"):
+        compiler.reset()
