@@ -15,6 +15,7 @@ from saccade.explain.overlay import overlay, save_overlay
 from saccade.explain.reference_frame import FrameScores, frame_scores
 from saccade.explain.sanity import Randomization, class_sensitivity, parameter_randomization
 from saccade.explain.score import Score
+from saccade.explain.verbalization import Verbalization, Wording, check_sentences, verbalize, verbalize_map
 
 __all__ = [
     "Additivity",
@@ -24,7 +25,10 @@ __all__ = [
     "Localization",
     "Randomization",
     "Score",
+    "Verbalization",
+    "Wording",
     "additivity",
+    "check_sentences",
     "class_sensitivity",
     "explain",
     "faithfulness",
@@ -34,6 +38,8 @@ __all__ = [
     "overlay",
     "parameter_randomization",
     "save_overlay",
+    "verbalize",
+    "verbalize_map",
 ]
 
 
