@@ -11,6 +11,7 @@ from saccade.explain.additivity import Additivity, additivity
 from saccade.explain.attribute import Explanation, explain, list_methods
 from saccade.explain.faithfulness import Faithfulness, faithfulness
 from saccade.explain.localization import Localization, localization
+from saccade.explain.methods.salient_relevance import context_aware_saliency
 from saccade.explain.overlay import overlay, save_overlay
 from saccade.explain.reference_frame import FrameScores, frame_scores
 from saccade.explain.sanity import Randomization, class_sensitivity, parameter_randomization
@@ -30,6 +31,7 @@ __all__ = [
     "additivity",
     "check_sentences",
     "class_sensitivity",
+    "context_aware_saliency",
     "explain",
     "faithfulness",
     "frame_scores",

@@ -20,6 +20,7 @@ RECIPES = [
     "attn_lrp",
     "cp_lrp",
     "dynamic_lrp",
+    "salient_relevance",
 ]
 
 

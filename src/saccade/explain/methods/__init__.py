@@ -12,6 +12,7 @@ from saccade.explain.methods.normgrad import normgrad
 from saccade.explain.methods.operations import relevance
 from saccade.explain.methods.perturbation import occlusion
 from saccade.explain.methods.rollout import attention_rollout
+from saccade.explain.methods.salient_relevance import salient_relevance
 
 __all__ = [
     "attention_rollout",
@@ -23,4 +24,5 @@ __all__ = [
     "occlusion",
     "random",
     "relevance",
+    "salient_relevance",
 ]

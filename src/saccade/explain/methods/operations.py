@@ -9,9 +9,9 @@ from saccade.explain.classifier import Classifier, batches
 from saccade.explain.methods.attribution import Attribution
 
 if TYPE_CHECKING:
-    from saccade.explain.relevance import On, Recipe
+    from saccade.explain.relevance import On, Recipe, Relevance
 
-__all__ = ["relevance"]
+__all__ = ["relevance", "trace_images"]
 
 
 def relevance(
@@ -34,6 +34,19 @@ def relevance(
 
     Returns: the maps, and as `error` their sums minus the logits, which is what biases and norms took.
     """
+    whole = trace_images(classify, images, target, batch_size, recipe, rules)
+    return Attribution(whole.map.sum(1), whole.error)
+
+
+def trace_images(
+    classify: Classifier,
+    images: Tensor,
+    target: Tensor,
+    batch_size: int,
+    recipe: "str | Recipe",
+    rules: "Sequence[On]",
+) -> "Relevance":
+    """Relevance of images (B, C, H, W), traced `batch_size` at a time."""
     from saccade.explain.relevance import merge
     from saccade.explain.relevance import relevance as trace
 
@@ -42,5 +55,4 @@ def relevance(
         trace(model, part, target=classes, recipe=recipe, rules=rules)
         for part, classes in batches(batch_size, images, target)
     ]
-    whole = merge(found)
-    return Attribution(whole.map.sum(1), whole.error)
+    return merge(found)

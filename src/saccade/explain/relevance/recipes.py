@@ -29,8 +29,10 @@ __all__ = [
     "gamma",
     "gradient",
     "official_dynamic_lrp",
+    "official_salient_relevance",
     "read_recipe",
     "relp",
+    "salient_relevance",
     "z_box",
     "z_plus",
 ]
@@ -296,6 +298,24 @@ def official_dynamic_lrp(
     )
 
 
+def salient_relevance(eps: float = 1e-9) -> Recipe:
+    """The first half of Salient Relevance (Li et al., 2017): z+ in dense layers, whose biases take nothing, `epsilon`
+    in convolutions, all to the winner of a pooling."""
+    return _recipe("salient_relevance", On("dense", rules.z_plus(eps, bias="none")), eps=eps)
+
+
+def official_salient_relevance(eps: float = 1e-9) -> Recipe:
+    """`salient_relevance` as its published code behaves: epsilon is added without the sign of what it is added to, and
+    of poolings whose windows share a winner one alone counts."""
+    return _recipe(
+        "official_salient_relevance",
+        On("dense", rules.clamped(eps, recompute=True, bias="none")),
+        On("convolution", rules.epsilon_map(eps, signed=False)),
+        On("max_pool2d_with_indices", rules.unpool(eps)),
+        eps=eps,
+    )
+
+
 def gradient() -> Recipe:
     """Every operation's own derivative: input times gradient, on the tape."""
     return Recipe("gradient", (_POOL, *_derivatives()), message="coefficient")
@@ -352,7 +372,9 @@ _RECIPES = {
         gamma,
         gradient,
         official_dynamic_lrp,
+        official_salient_relevance,
         relp,
+        salient_relevance,
         z_box,
         z_plus,
     )

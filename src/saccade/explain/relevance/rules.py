@@ -46,6 +46,7 @@ __all__ = [
     "stabilise",
     "terms",
     "unknown",
+    "unpool",
     "winner",
     "z_box",
     "z_plus",
@@ -254,6 +255,20 @@ def move() -> Rule:
     return Rule("move", share, many=adjoint)
 
 
+def unpool(eps: float = EPS) -> Rule:
+    """Of a maximum over windows: R x / (z + eps) at the place of each window's largest value.
+
+    Where windows share that place, the last one alone is written there, as unpooling does; `move` adds them up.
+    """
+
+    def share(node: Node, relevance: Tensor) -> Shares:
+        x, (z, places) = node.inputs[0].tensor, (value.tensor for value in node.outputs if value is not None)
+        s = (relevance / (z + eps)).flatten(-2)
+        return [x * torch.zeros_like(x).flatten(-2).scatter(-1, places.flatten(-2), s).view_as(x)]
+
+    return Rule("unpool", share, inputs=True, output=True)
+
+
 def winner() -> Rule:
     """All to the operand that won a maximum, as its gradient."""
     return replace(move(), name="winner", inputs=True, output=True)
@@ -308,7 +323,7 @@ def _on_map(name: str, core: Core, *, bias: str = "term", eps: float = EPS, keep
     Args:
         core: the rule's equation.
         bias: "term" takes part in the equation; "magnitude" takes |b| / (|z - b| + |b|) first, and the equation is of
-            the map without a bias.
+            the map without a bias; "none" takes nothing, and so is the equation.
         keep: fraction of the largest shares of each sample that goes on; the rest is dropped.
     """
 
@@ -319,6 +334,8 @@ def _on_map(name: str, core: Core, *, bias: str = "term", eps: float = EPS, keep
         b = None if linear.bias is None else node.inputs[linear.bias].tensor
         if b is None or bias == "term":
             found, taken = core(linear, x, weight, b, z, relevance)
+        elif bias == "none":
+            found, taken = core(linear, x, weight, None, z - b.reshape(linear.bias_shape), relevance)
         else:
             wide = b.reshape(linear.bias_shape)
             z = z - wide
@@ -341,17 +358,22 @@ def _largest(relevance: Tensor, keep: float) -> Tensor:
     return torch.zeros_like(rows).scatter(1, best.indices, best.values).view_as(relevance)
 
 
-def epsilon_map(eps: float = EPS, *, times: float = 1.0, bias: str = "term", keep: float = 1.0) -> Rule:
-    """`epsilon` of maps with weights; `times` 2 leaves half of the relevance with the weights."""
+def epsilon_map(
+    eps: float = EPS, *, times: float = 1.0, bias: str = "term", keep: float = 1.0, signed: bool = True
+) -> Rule:
+    """`epsilon` of maps with weights; `times` 2 leaves half of the relevance with the weights.
+
+    Without `signed` the epsilon is added whatever the sign of the result, and a result near -eps explodes.
+    """
 
     def core(m: Map, x: Tensor, w: Tensor, b: Tensor | None, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None]:
-        s = _quotient(r, z, eps, times)
+        s = _quotient(r, z, eps, times) if signed else r / (times * z + eps)
         return x * m.back(s, w), m.bias_share(b, s)
 
     return _on_map("epsilon", core, bias=bias, eps=eps, keep=keep)
 
 
-def z_plus(eps: float = EPS) -> Rule:
+def z_plus(eps: float = EPS, *, bias: str = "term") -> Rule:
     """z+ : only what raises the result takes part (Montavon et al., 2017), of inputs of either sign."""
 
     def core(m: Map, x: Tensor, w: Tensor, b: Tensor | None, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -361,7 +383,7 @@ def z_plus(eps: float = EPS) -> Rule:
         s = r / stabilise(m.add_bias(_sum(m.apply, (up, more), (down, less)), b), eps)
         return _back(m, s, (up, more), (down, less)), m.bias_share(b, s)
 
-    return _on_map("z_plus", core)
+    return _on_map("z_plus", core, bias=bias, eps=eps)
 
 
 def alpha_beta(alpha: float = 2.0, beta: float = 1.0, eps: float = EPS) -> Rule:
