@@ -202,7 +202,8 @@ def verbalize(
         wording: templates.
         form: "corrected"; "coded" is the authors' code, for comparison with it: float32, scores divided by the
             absolute value of their largest, the last window left out, the last token of a group not counted in what
-            it covers, tied groups from the end, runs quoted whether or not their mean beats the threshold.
+            it covers, no single tokens, ties from the end, runs quoted whether or not their mean beats the threshold.
+            It knows "-" too, for groups with all scores below 0, which only a filter without zeros can find.
 
     Returns: Verbalization; without spans where no score is positive, or none beats the threshold.
     Raises: InputError for wrong arguments.
@@ -216,9 +217,9 @@ def verbalize(
     found = _read_scores(scores)
     names = _read_names(names, len(found))
     check_choice("form", form, _FORMS)
-    if sign not in ("+", None):
-        raise InputError(f'sign is {sign!r}: give "+" or None; for what speaks against the prediction give -scores')
     coded = form == "coded"
+    if sign not in ("+", None, *("-" if coded else ())):
+        raise InputError(f'sign is {sign!r}: give "+" or None; for what speaks against the prediction give -scores')
     check_whole("filter_length", filter_length, 3, _LONGEST)
     if filter_length % 2 == 0:
         raise InputError(
@@ -230,8 +231,8 @@ def verbalize(
     if coded or (found > 0).any():
         filters = list_filters(filter_length)
         searches = {name: _slide(scaled, filters[name], limit, sign, coded) for name in ("convolution", "span")}
-        singles = range(len(found))
-        searches["total"] = {(i,): scaled[i].item() for i in singles if coded or scaled[i] > limit}
+        if not coded:
+            searches["total"] = {(i,): each for i, each in enumerate(scaled.tolist()) if each > limit}
 
     def touching(part: int) -> tuple[int, int]:
         return part - 1, part + 1
@@ -511,7 +512,10 @@ def _slide(scaled: Tensor, filters: list[Group], limit: float, sign: str | None,
         chosen = windows[:, list(ones)]
         means = chosen.mean(1)
         fits = means > limit
-        fits = fits & (chosen >= 0).all(1) if sign == "+" else fits
+        if sign == "+":
+            fits &= (chosen >= 0).all(1)
+        elif sign == "-":  # as coded, a filter's zeros are not below 0 either
+            fits &= (chosen < 0).all(1) & (len(ones) == length)
         for start in fits.nonzero().flatten().tolist():
             found[tuple(start - overhang + one for one in ones)] = means[start].item()
     return found
@@ -537,8 +541,7 @@ def _choose(
         return _percent(scores, group, total)
 
     parts: set[int] = set()
-    found = total > 0 and any(groups for name, groups in searches.items() if not (coded and name == "total"))
-    for groups in searches.values() if found else ():
+    for groups in searches.values() if total > 0 else ():
         if coded:
             best = sorted(groups, key=lambda group: (cover(group), group), reverse=True)
         else:

@@ -3,7 +3,7 @@
 A case is NAME.safetensors with NAME.json beside it. Tensors are called `state.*` (official parameters and buffers),
 `in.*`, `out.*`, and `grad.in.*` and `grad.state.*` (or `grad.*`): gradients of the sum of out * in.cotangent over the
 outputs that have a cotangent, or of the plain sum of all outputs where none is recorded. The JSON file says which class
-ran, and with which arguments.
+ran, and with which arguments. Results that are words or lists stand in it too: `encode_result` makes tensors of them.
 """
 
 import ast
@@ -28,6 +28,7 @@ __all__ = [
     "Case",
     "Match",
     "compare",
+    "encode_result",
     "parse_args",
     "play",
     "read_case",
@@ -111,7 +112,43 @@ def read_case(path: str | Path, key: str | None = None) -> Case:
     cls = record.get("class") or record.get("cls") or ""
     args = record.get("args") or record.get("arguments")
     known = parse_args(args) if isinstance(args, str | dict) else {}
+    tensors |= _read_results(record.get("cases"))
     return Case(key or path.resolve().parent.name, path.stem, cls, known, record, tensors)
+
+
+def encode_result(value: Any) -> Tensor:
+    """A recorded result that is no tensor as one, (...) float64, to be compared with another.
+
+    Words are the numbers of their characters, several of them a line each; rows of unequal length end in -1.
+
+    >>> encode_result([[1, 2], [3]]).tolist(), encode_result("ab").tolist()
+    ([[1.0, 2.0], [3.0, -1.0]], [97.0, 98.0])
+    """
+    if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        value = "\n".join(value)
+    if isinstance(value, str):
+        value = [ord(character) for character in value]
+    if isinstance(value, list | tuple) and value and all(isinstance(each, list | tuple) for each in value):
+        length = max(map(len, value))
+        value = [[*each, *[-1] * (length - len(each))] for each in value]
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _read_results(cases: Any) -> Tensors:
+    """Results in the JSON file, where each of its cases has them under "out": "out.0.summary"."""
+    found: Tensors = {}
+
+    def read(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                read(f"{name}.{key}", each)
+        else:
+            found[name] = encode_result(value)
+
+    for number, each in enumerate(cases if isinstance(cases, list) else ()):
+        if isinstance(each, dict):
+            read(f"out.{number}", each.get("out", {}))
+    return found
 
 
 def parse_args(args: str | Mapping[str, Any]) -> dict[str, Any]:
