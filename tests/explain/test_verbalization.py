@@ -67,6 +67,13 @@ def test_the_last_window_is_searched():
     assert (9, 10) not in coded.candidates["convolution"]
 
 
+@pytest.mark.parametrize("length", [5, 11])
+def test_windows_may_hang_over_the_ends(length):
+    found = verbalize([1.0, 0.9, 0.8, -9.0], ["x"] * 4, value=1.0, filter_length=length)
+    assert (0, 1, 2) in found.candidates["span"]  # the ones of the filter 0 1 1 1 0
+    assert {(0, 1), (0, 2), (1, 2)} <= set(found.candidates["convolution"])
+
+
 def test_a_run_below_the_threshold_falls_apart_at_its_weakest_token():
     scores = [10.0, 1.0, 1.0, 9.0, 0.0, 0.0, 0.0, 0.0]
     found = verbalize(scores, list("abcdefgh"), quantile=0.0, value=0.25)
