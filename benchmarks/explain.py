@@ -9,15 +9,14 @@ canonizers: it gives each branch of a residual sum the whole relevance, so that 
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from peers import without_torchvision
 from torch import Tensor, nn
 
 from saccade.explain.relevance import relevance
@@ -116,18 +115,6 @@ def gradient_pass(model: nn.Module, images: Tensor) -> Tensor:
     return slope
 
 
-def stand_in_for_torchvision() -> None:
-    """Zennit imports the names of torchvision's two residual blocks, which torch's CPU builds come without.
-
-    It looks for them in canonizers that are not used here: classes of which nothing is an instance do.
-    """
-    if find_spec("torchvision") is None:
-        names = ("torchvision", "torchvision.models", "torchvision.models.resnet")
-        sys.modules |= {name: ModuleType(name) for name in names}
-        for block in ("BasicBlock", "Bottleneck"):
-            setattr(sys.modules[names[-1]], block, type(block, (nn.Module,), {}))
-
-
 def zennit_pass(model: nn.Module, images: Tensor) -> Tensor:
     """EpsilonPlus of zennit; batch norms are passed, as our recipe of that name does."""
     from zennit.attribution import Gradient
@@ -170,7 +157,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["epsilon", "epsilon_plus"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    stand_in_for_torchvision()
+    without_torchvision()
     print(f"batch 2 at 224 px, float32, {torch.get_num_threads()} CPU threads; goals are of recipe epsilon")
     if not (peer := find_spec("zennit") is not None):
         print("zennit's EpsilonPlus is not measured: it is not installed (pip install saccade[peers])")
