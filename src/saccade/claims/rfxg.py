@@ -169,8 +169,8 @@ def asking_for_the_group_contrast_improves_its_score() -> dict[str, float]:
     slow=True,
 )
 def four_scores_of_all_methods() -> dict[str, dict[str, float]]:
-    """CCS, CGC, PGS and CGS of all our methods that need no attention, each map asked about the class."""
-    methods = [method for method in list_methods() if method != "attention_rollout"]
+    """CCS, CGC, PGS and CGS of all our methods that need no attention and no mask, each map asked about the class."""
+    methods = [method for method in list_methods() if method not in ("attention_rollout", "selection")]
     return {method: {name: _value(method, "class", name, "sum") for name in NAMES} for method in methods}
 
 

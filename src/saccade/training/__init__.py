@@ -11,6 +11,13 @@ from saccade.training.checkpoint import Checkpoint, read_checkpoint, save_checkp
 from saccade.training.evaluate import Evaluation, evaluate
 from saccade.training.fit import FitResult, fit
 from saccade.training.next_block import NextBlock, next_block
+from saccade.training.selection import (
+    SelectionGame,
+    SelectionLoss,
+    Selector,
+    selection_loss,
+    train_selection,
+)
 from saccade.training.settings import TrainSettings
 from saccade.training.token_labels import token_label_loss
 
@@ -20,6 +27,9 @@ __all__ = [
     "FitResult",
     "NextBlock",
     "NoisedTokens",
+    "SelectionGame",
+    "SelectionLoss",
+    "Selector",
     "TrainSettings",
     "choose_filled",
     "evaluate",
@@ -30,5 +40,7 @@ __all__ = [
     "noise_tokens",
     "read_checkpoint",
     "save_checkpoint",
+    "selection_loss",
     "token_label_loss",
+    "train_selection",
 ]

@@ -13,6 +13,7 @@ from saccade.explain.methods.operations import relevance
 from saccade.explain.methods.perturbation import occlusion
 from saccade.explain.methods.rollout import attention_rollout
 from saccade.explain.methods.salient_relevance import salient_relevance
+from saccade.explain.methods.selection import selection
 
 __all__ = [
     "attention_rollout",
@@ -25,4 +26,5 @@ __all__ = [
     "random",
     "relevance",
     "salient_relevance",
+    "selection",
 ]
