@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade.errors import InputError, WorkError
 
-__all__ = ["overlay", "save_overlay"]
+__all__ = ["overlay", "save_overlay", "write_picture"]
 
 
 def overlay(image: Tensor, map: Tensor, *, signed: bool | None = None, percentile: float = 99.0) -> Tensor:
@@ -44,17 +44,20 @@ def save_overlay(
     Returns: the path.
     Raises: InputError as `overlay`, and for an unknown suffix; WorkError if the file cannot be written.
     """
+    return write_picture(path, overlay(image, map, signed=signed, percentile=percentile))
+
+
+def write_picture(path: str | Path, picture: Tensor) -> Path:
+    """Write (3, H, W) uint8 in the format that the path's suffix names, making its folder."""
     from PIL import Image
 
     path = Path(path)
-    picture = Image.fromarray(
-        overlay(image, map, signed=signed, percentile=percentile).permute(1, 2, 0).contiguous().numpy()
-    )
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     if path.suffix.lower() not in Image.registered_extensions():
         raise InputError(f"{path.name!r} names no picture format: end it with .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
     except OSError as error:
         raise WorkError(f"cannot write {path}: {error}. Choose a folder that can be written and has space") from error
     return path
