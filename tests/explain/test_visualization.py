@@ -65,6 +65,11 @@ def test_it_is_the_minimum_that_scikit_image_finds():
     assert_close(ours[2:-2, 2:-2], torch.from_numpy(bregman)[2:-2, 2:-2], rtol=0, atol=0.02)
 
 
+def test_denoising_has_gradients():
+    x = pixels(4, 5)[0, :1].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: denoise_total_variation(x, 0.02, iterations=6), x)
+
+
 def test_variation_by_hand():
     x = pixels(3, 2)[0, 0]
     expected = 0.0

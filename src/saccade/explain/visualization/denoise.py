@@ -15,7 +15,9 @@ def total_variation(images: Tensor) -> Tensor:
     >>> total_variation(torch.tensor([[0.0, 3.0], [4.0, 3.0]]))  # 5 at the first place, 0 and 1 beside and below
     tensor(6.)
     """
-    return torch.linalg.vector_norm(_differences(images), dim=0).sum((-2, -1))
+    below = torch.diff(images, dim=-2, append=images[..., -1:, :])
+    right = torch.diff(images, dim=-1, append=images[..., -1:])
+    return torch.hypot(below, right).sum((-2, -1))
 
 
 def denoise_total_variation(images: Tensor, weight: float, *, iterations: int = 100) -> Tensor:
@@ -37,25 +39,24 @@ def denoise_total_variation(images: Tensor, weight: float, *, iterations: int = 
     if not weight > 0:
         raise InputError(f"weight is {weight}: give a number above 0; a larger one smooths less")
     check_whole("iterations", iterations)
-    dual = torch.zeros(2, *images.shape, dtype=images.dtype, device=images.device)
-    ahead, momentum = dual, 1.0
+    dual, momentum = images.new_zeros(2, *images.shape), 1.0
+    ahead = dual.clone()
     for _ in range(iterations):
-        moved = ahead + weight / 8 * _differences(images + _divergence(ahead) / weight)
-        moved = moved / torch.linalg.vector_norm(moved, dim=0).clamp(min=1)
+        found = _restore(images, ahead, weight)
+        ahead[0, ..., :-1, :].add_(found[..., 1:, :] - found[..., :-1, :], alpha=weight / 8)
+        ahead[1, ..., :-1].add_(found[..., 1:] - found[..., :-1], alpha=weight / 8)
+        moved = ahead / torch.hypot(ahead[0], ahead[1]).clamp(min=1)
         after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead, dual, momentum = moved + (momentum - 1) / after * (moved - dual), moved, after
-    return images + _divergence(dual) / weight
+        ahead, dual, momentum = dual.lerp(moved, 1 + (momentum - 1) / after), moved, after
+    return _restore(images, dual, weight)
 
 
-def _differences(images: Tensor) -> Tensor:
-    """(2, ..., H, W): to the pixel below and to the one on the right; 0 at the border."""
-    below = torch.diff(images, dim=-2, append=images[..., -1:, :])
-    right = torch.diff(images, dim=-1, append=images[..., -1:])
-    return torch.stack([below, right])
-
-
-def _divergence(flow: Tensor) -> Tensor:
-    """Minus the adjoint of `_differences`, for flows that do not leave the image."""
-    below, right = flow
-    zero = torch.zeros_like(below)
-    return torch.diff(below, dim=-2, prepend=zero[..., :1, :]) + torch.diff(right, dim=-1, prepend=zero[..., :1])
+def _restore(images: Tensor, dual: Tensor, weight: float) -> Tensor:
+    """The image of a dual (2, ..., H, W), a flow downwards and one to the right that do not leave it."""
+    below, right = dual[0, ..., :-1, :] / weight, dual[1, ..., :-1] / weight
+    found = images.clone()
+    found[..., :-1, :].add_(below)
+    found[..., 1:, :].sub_(below)
+    found[..., :-1].add_(right)
+    found[..., 1:].sub_(right)
+    return found
