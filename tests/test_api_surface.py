@@ -19,6 +19,7 @@ FLOORS = (
     "saccade.measure",
     "saccade.training",
     "saccade.explain",
+    "saccade.explain.dictionaries",
     "saccade.backbones",
     "saccade.claims",
     "saccade.study",

@@ -1,10 +1,12 @@
 """Where a model looks, and whether to believe it: maps of relevance, their faithfulness, their pictures.
 
 `explain` makes a map with any of `list_methods()`, `faithfulness` holds it against random order, `overlay` draws it.
-The package itself can be called as `explain`, because `saccade.explain` names both.
+The package itself can be called as `explain`, because `saccade.explain` names both. Inside are `relevance` on
+operations and `dictionaries` of concepts.
 """
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 from saccade.explain.additivity import Additivity, additivity
@@ -51,4 +53,5 @@ class _CallablePackage(ModuleType):
     __call__ = staticmethod(explain)
 
 
+import_module(f"{__name__}.dictionaries")  # after an import statement mypy would see `faithfulness` twice
 sys.modules[__name__].__class__ = _CallablePackage
