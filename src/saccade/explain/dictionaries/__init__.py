@@ -1,12 +1,16 @@
 """Dictionaries of concepts on activations: trained on a stream, measured, edited, and read as circuits."""
 
 from saccade.explain.dictionaries.dictionary import (
+    AttributionAutoencoder,
     ConceptDictionary,
+    GatedAutoencoder,
     MatchingPursuit,
     Reading,
     ReluAutoencoder,
     TopKAutoencoder,
 )
+from saccade.explain.dictionaries.editing import SparseEdit, edit_sparsely, feature_weights
+from saccade.explain.dictionaries.matches import Matches, match_features
 from saccade.explain.dictionaries.measures import (
     babel,
     babel_of_chosen,
@@ -15,20 +19,35 @@ from saccade.explain.dictionaries.measures import (
     modality_score,
     num_active,
 )
+from saccade.explain.dictionaries.site import Approximation, Site, approximation, control
 from saccade.explain.dictionaries.stream import Activations, Training, train_dictionary
+from saccade.explain.dictionaries.supervised import SupervisedDictionary, fit_supervised
 
 __all__ = [
     "Activations",
+    "Approximation",
+    "AttributionAutoencoder",
     "ConceptDictionary",
+    "GatedAutoencoder",
+    "Matches",
     "MatchingPursuit",
     "Reading",
     "ReluAutoencoder",
+    "Site",
+    "SparseEdit",
+    "SupervisedDictionary",
     "TopKAutoencoder",
     "Training",
+    "approximation",
     "babel",
     "babel_of_chosen",
+    "control",
+    "edit_sparsely",
     "effective_rank",
     "explained_variance",
+    "feature_weights",
+    "fit_supervised",
+    "match_features",
     "modality_score",
     "num_active",
     "train_dictionary",

@@ -1,6 +1,7 @@
-"""Dictionaries of concepts: an activation as a sum of few atoms, found by ReLU, by top-k or by matching pursuit.
+"""Dictionaries of concepts: an activation as a sum of few atoms, found by ReLU, gates, top-k or matching pursuit.
 
-Matching pursuit is that of MP-SAE (2025, arXiv:2506.03093; its z is `codes`, its W `atoms`, its r `residual`).
+Matching pursuit is that of MP-SAE (2025, arXiv:2506.03093; its z is `codes`, its W `atoms`, its r `residual`). The
+gated and the attribution autoencoder are those that Makelov et al. (2024, arXiv:2405.08366) compare.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from saccade.errors import InputError
 from saccade.explain.classifier import check_whole
 
-__all__ = ["ConceptDictionary", "MatchingPursuit", "Reading", "ReluAutoencoder", "TopKAutoencoder", "scaled_input"]
+__all__ = [
+    "AttributionAutoencoder",
+    "ConceptDictionary",
+    "GatedAutoencoder",
+    "MatchingPursuit",
+    "Reading",
+    "ReluAutoencoder",
+    "TopKAutoencoder",
+    "scaled_input",
+]
 
 
 class Reading(NamedTuple):
@@ -120,6 +130,72 @@ class ReluAutoencoder(ConceptDictionary):
         x = scaled_input(self, x)
         codes = self._encode(x)
         return ((self._decode(codes) - x).square().sum(-1) + self.l1 * codes.sum(-1)).mean()
+
+
+class GatedAutoencoder(ReluAutoencoder):
+    """One linear layer says which codes are on, and the same one, each row stretched, how large they are.
+
+    The price falls on the gates alone, so that codes that stay need not shrink; a second squared error, of the gates'
+    positive parts through a decoder that it does not train, teaches the gates.
+
+    Args:
+        dim, num_concepts: as in `ConceptDictionary`.
+        l1: price of a unit of gate.
+    """
+
+    def __init__(self, dim: int, num_concepts: int, *, l1: float = 0.1) -> None:
+        super().__init__(dim, num_concepts, l1=l1)
+        self.stretch = nn.Parameter(torch.zeros(num_concepts))  # logarithm
+        self.size_bias = nn.Parameter(torch.zeros(num_concepts))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self._gate(x)[1]
+
+    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates before the step, and codes."""
+        common = F.linear(x - self.bias, self.encoder)
+        gate = common + self.encoder_bias
+        return gate, (common * self.stretch.exp() + self.size_bias).relu() * (gate > 0)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Both squared errors, and the mean sum of positive gates times `l1`."""
+        x = scaled_input(self, x)
+        gate, codes = self._gate(x)
+        through = gate.relu() @ self.atoms.detach() + self.bias.detach()
+        errors = (self._decode(codes) - x).square() + (through - x).square()
+        return (errors.sum(-1) + self.l1 * gate.relu().sum(-1)).mean()
+
+
+class AttributionAutoencoder(ReluAutoencoder):
+    """A ReLU autoencoder whose loss also pays for what a metric would see of its codes, and of what they leave.
+
+    Train it on rows (N, 2 dim): each activation, then the metric's gradient at it, such as
+    `saccade.explain.relevance.coefficients` with recipe "gradient" gives. It reads activations (..., dim) alone.
+
+    Args:
+        dim, num_concepts: as in `ConceptDictionary`.
+        l1: price of a unit of code.
+        attribution: price of |code x gradient along its atom|, summed over codes.
+        unexplained: price of |error . gradient|.
+    """
+
+    def __init__(
+        self, dim: int, num_concepts: int, *, l1: float = 0.1, attribution: float = 0.1, unexplained: float = 0.1
+    ) -> None:
+        super().__init__(dim, num_concepts, l1=l1)
+        self.attribution, self.unexplained = attribution, unexplained
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The loss of `ReluAutoencoder`, and both prices."""
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[-1] != 2 * self.dim:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"rows are {given}: give (N, {2 * self.dim}), an activation and the gradient at it")
+        x, slope = x.split(self.dim, -1)
+        x, slope = scaled_input(self, x), slope * self.scale
+        codes = self._encode(x)
+        error = x - self._decode(codes)
+        paid = self.l1 * codes.sum(-1) + self.attribution * (codes * (slope @ self.atoms.mT)).abs().sum(-1)
+        return (error.square().sum(-1) + paid + self.unexplained * (error * slope).sum(-1).abs()).mean()
 
 
 class TopKAutoencoder(ReluAutoencoder):

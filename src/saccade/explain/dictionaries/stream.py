@@ -94,7 +94,7 @@ def train_dictionary(
     Args:
         dictionary: goes back to eval mode.
         rows: all activations (N, dim), or a stream of such parts, such as `Activations`, that is read again when it
-            ends and shuffled within `buffer` rows.
+            ends and shuffled within `buffer` rows. What stands behind the activations in a longer row is for the loss.
         steps: of the optimizer.
         batch_size: rows a step.
         rate, betas: of Adam.
@@ -117,7 +117,7 @@ def train_dictionary(
     for step in range(steps):
         part, held = next(batches)
         if step == 0 and calibrate:
-            dictionary.calibrate(held)
+            dictionary.calibrate(held[..., : dictionary.dim])
         dictionary.train()
         loss = dictionary.loss(part)
         if not loss.isfinite():
@@ -132,7 +132,7 @@ def train_dictionary(
         if step >= steps - max(1, steps // 10):
             dictionary.eval()
             with torch.no_grad():
-                used |= (dictionary.encode(part) != 0).flatten(0, -2).any(0).cpu()
+                used |= (dictionary.encode(part[..., : dictionary.dim]) != 0).flatten(0, -2).any(0).cpu()
     dictionary.eval()
     return Training(losses, used.double().mean().item())
 
