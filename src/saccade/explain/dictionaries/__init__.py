@@ -1,5 +1,7 @@
 """Dictionaries of concepts on activations: trained on a stream, measured, edited, and read as circuits."""
 
+from saccade.explain.dictionaries.codebook import Codebook, forbid_codes, force_codes
+from saccade.explain.dictionaries.coded import CodedModel, CodeIndex
 from saccade.explain.dictionaries.dictionary import (
     AttributionAutoencoder,
     ConceptDictionary,
@@ -27,6 +29,9 @@ __all__ = [
     "Activations",
     "Approximation",
     "AttributionAutoencoder",
+    "CodeIndex",
+    "Codebook",
+    "CodedModel",
     "ConceptDictionary",
     "GatedAutoencoder",
     "Matches",
@@ -47,6 +52,8 @@ __all__ = [
     "explained_variance",
     "feature_weights",
     "fit_supervised",
+    "forbid_codes",
+    "force_codes",
     "match_features",
     "modality_score",
     "num_active",
