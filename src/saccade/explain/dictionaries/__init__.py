@@ -1,5 +1,15 @@
 """Dictionaries of concepts on activations: trained on a stream, measured, edited, and read as circuits."""
 
+from saccade.explain.dictionaries.circuits import (
+    Circuit,
+    Heads,
+    circuit_auc,
+    edge_scores,
+    find_circuit,
+    integer_codes,
+    mean_difference,
+    node_scores,
+)
 from saccade.explain.dictionaries.codebook import Codebook, forbid_codes, force_codes
 from saccade.explain.dictionaries.coded import CodedModel, CodeIndex
 from saccade.explain.dictionaries.dictionary import (
@@ -29,11 +39,13 @@ __all__ = [
     "Activations",
     "Approximation",
     "AttributionAutoencoder",
+    "Circuit",
     "CodeIndex",
     "Codebook",
     "CodedModel",
     "ConceptDictionary",
     "GatedAutoencoder",
+    "Heads",
     "Matches",
     "MatchingPursuit",
     "Reading",
@@ -46,16 +58,22 @@ __all__ = [
     "approximation",
     "babel",
     "babel_of_chosen",
+    "circuit_auc",
     "control",
+    "edge_scores",
     "edit_sparsely",
     "effective_rank",
     "explained_variance",
     "feature_weights",
+    "find_circuit",
     "fit_supervised",
     "forbid_codes",
     "force_codes",
+    "integer_codes",
     "match_features",
+    "mean_difference",
     "modality_score",
+    "node_scores",
     "num_active",
     "train_dictionary",
 ]
