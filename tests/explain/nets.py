@@ -80,3 +80,85 @@ class Stages(nn.Module):
 def softmax_attention(tokens, heads=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, heads, tokens, tokens, generator=generator, dtype=torch.double).softmax(-1)
+
+
+class ForeignAttention(nn.Module):
+    """Attention as others write it, without a tap; `kind` says how. Keeps what its weights were."""
+
+    def __init__(self, dim: int, heads: int, kind: str) -> None:
+        super().__init__()
+        self.heads, self.kind = heads, kind
+        if kind == "apart":
+            self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        elif kind == "torch":
+            self.mha = nn.MultiheadAttention(dim, heads, batch_first=True)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim)
+        if kind != "torch":
+            self.out = nn.Conv2d(dim, dim, 1) if kind == "convolution" else nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "torch":
+            out, weights = self.mha(x, x, x, average_attn_weights=False)
+            self.weights = weights
+            return out
+        if self.kind == "apart":
+            query, key, value = (part(x) for part in (self.query, self.key, self.value))
+        else:
+            query, key, value = self.qkv(x).chunk(3, -1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        if self.kind == "channels":
+            query, key, value = query.mT, key.mT, value.mT
+        scale = query.shape[-1] ** -0.5
+        self.weights = weights = (query @ key.mT * scale).softmax(-1)
+        if self.kind == "fused":
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        elif self.kind == "einsum":
+            mixed = torch.einsum("bhnm,bhmd->bhnd", weights, value)
+        elif self.kind == "einsum, turned":
+            mixed = torch.einsum("bhmd,bhnm->bhnd", value, weights)
+        else:
+            mixed = weights @ value
+        if self.kind == "channels":
+            return self.out(mixed.permute(0, 3, 1, 2).flatten(2))
+        if self.kind == "convolution":
+            side = int(x.shape[1] ** 0.5)
+            return self.out(mixed.mT.flatten(1, 2).unflatten(-1, (side, side))).flatten(2).mT
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+FOREIGN = ("product", "fused", "apart", "einsum", "einsum, turned", "torch", "convolution")
+
+
+class ForeignViT(nn.Module):
+    """Patches, prefix tokens, blocks, class token (or mean), head."""
+
+    def __init__(self, kind="product", *, dim=12, heads=3, depth=3, prefix=1, patch=4, classes=5, linear_patches=False):
+        super().__init__()
+        self.patch, self.linear_patches = patch, linear_patches
+        self.embed = nn.Linear(3 * patch**2, dim) if linear_patches else nn.Conv2d(3, dim, patch, patch)
+        self.prefix = nn.Parameter(torch.randn(1, prefix, dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.layers = nn.ModuleList(ForeignAttention(dim, heads, kind) for _ in range(depth))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+            for _ in range(depth)
+        )
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear_patches:
+            x = self.embed(nn.functional.unfold(x, self.patch, stride=self.patch).mT)
+        else:
+            x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)
+        for norm, layer, mlp in zip(self.norms, self.layers, self.mlps):
+            x = x + layer(norm(x))
+            x = x + mlp(x)
+        x = self.norm(x)
+        return self.head(x[:, 0] if self.prefix.shape[1] else x.mean(1))
+
+
+def foreign_vit(kind="product", seed=0, **options):
+    torch.manual_seed(seed)
+    return ForeignViT(kind, **options).double().eval()

@@ -41,7 +41,7 @@ def test_the_package_stays_a_package():
 def test_every_exported_method_is_listed_and_runs():
     assert saccade.explain.list_methods() == sorted(methods.__all__)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    needs_more = {"attention_rollout", "selection"}  # attention, and a mask of the model's own
+    needs_more = {"attention_flow", "attention_rollout", "selection"}  # attention, and a mask of the model's own
     for method in set(saccade.explain.list_methods()) - needs_more:
         found = saccade.explain.explain(model, images(), method=method)
         assert found.map.shape == (3, 8, 8)

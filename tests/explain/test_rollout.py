@@ -1,4 +1,4 @@
-"""Attention rollout: whole matrix products, stages, prefix tokens, then errors and our own mixers."""
+"""Attention rollout and flow: whole matrix products, linear programs, stages, prefix tokens, our mixers, errors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import saccade
 from saccade.errors import InputError
 from saccade.explain import explain
-from saccade.explain.methods.rollout import _overlap, _roll_out
+from saccade.explain.methods.rollout import _capacities, _flow, _Fusion, _overlap, _roll_out
 from tests.explain.nets import ShowsAttention, Stages, images, softmax_attention
 
 EYE = torch.eye
@@ -93,23 +93,130 @@ def test_effective_matrices_with_signs_count_with_their_skip():
     assert_close(_roll_out([(-EYE(4)[None, None], (2, 2))]), torch.full((1, 2, 2), 0.25))  # and one that undoes it
 
 
-class Plain(nn.Module):
-    def __init__(self, mixer, stride=2):
-        super().__init__()
-        self.stem, self.mixer, self.stride = nn.Conv2d(3, 16, stride, stride), mixer, stride
-
-    def forward(self, x):
-        x = self.stem(x).movedim(1, -1)
-        return (x + self.mixer(x)).mean((1, 2))
+# Heads, discarded entries, skips
 
 
-@pytest.mark.parametrize("name", saccade.list_mixers())
-def test_every_mixer_of_ours_can_be_rolled_out(name):
+def test_heads_are_fused_before_the_skip():
+    attention = softmax_attention(12, heads=3)
+    for name, fused in (("max", attention.amax(1)), ("min", attention.amin(1)), ("mean", attention.mean(1))):
+        matrix = 0.3 * EYE(12).double() + 0.7 * fused
+        found = _roll_out([(attention, (3, 4))], _Fusion(name, residual=0.3))
+        assert_close(found.flatten(1), (matrix / matrix.sum(-1, keepdim=True)).mean(1))
+
+
+def test_the_smallest_entries_are_discarded():
+    attention = softmax_attention(5, heads=2)
+    fused = attention.mean(1)[0]
+    kept = fused.where(fused > fused.flatten().sort().values[9], 0)  # 0.4 of 25 are 10
+    matrix = kept + EYE(5).double()
+    found = _roll_out([(attention, (1, 5))], _Fusion(discard=0.4)).flatten()
+    assert_close(found, (matrix / matrix.sum(-1, keepdim=True)).mean(0))
+
+
+def test_without_heads_that_agree_the_skip_remains():
+    attention = torch.stack([EYE(4), EYE(4).roll(1, 0)])[None].double()
+    assert_close(_Fusion("min").matrix(attention), EYE(4).double()[None])
+    assert_close(_Fusion("min", residual=0.0).matrix(attention), EYE(4).double()[None])  # rows of zeros
+
+
+@pytest.mark.parametrize("method", ["attention_rollout", "attention_flow"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_fusion": "median"}, "head_fusion is 'median'.*mean"),
+        ({"discard": 1.0}, "discard is 1.0: give a share"),
+        ({"residual": -0.1}, "residual is -0.1: give a share"),
+        ({"num_prefix": -1}, "num_prefix is -1"),
+        ({"source": "hooks"}, "source is 'hooks'"),
+    ],
+)
+def test_options_out_of_range_are_refused(method, options, message):
+    with pytest.raises(InputError, match=message):
+        explain(Stages((2, [softmax_attention(16)])), images(), method=method, target=0, **options)
+
+
+# Flow
+
+
+def flow_by_linear_program(matrices, sink):
+    """The most that can leave node 0 for one sink: a variable an edge, conservation at every node between."""
+    optimize = pytest.importorskip("scipy.optimize")
+    edges, first = [], 0
+    for matrix in matrices:
+        for above, below in matrix.nonzero().tolist():
+            edges.append((first + above, first + len(matrix) + below, matrix[above, below].item()))
+        first += len(matrix)
+    sink = first + sink
+    balance = torch.zeros(first + matrices[-1].shape[1], len(edges))
+    for place, (start, end, _) in enumerate(edges):
+        balance[start, place] += 1
+        balance[end, place] -= 1
+    inner = [node for node in range(1, len(balance)) if node != sink]
+    found = optimize.linprog(
+        balance[sink].numpy(),
+        A_eq=balance[inner].numpy(),
+        b_eq=[0] * len(inner),
+        bounds=[(0, capacity) for *_, capacity in edges],
+    )
+    return -found.fun
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("grids", [[(2, 2)], [(2, 3), (2, 3)], [(2, 3), (2, 2), (1, 2)]], ids=str)
+def test_flow_is_the_largest_of_the_linear_program(grids, prefix):
+    layers = [(softmax_attention(prefix + h * w, seed=i) ** 3, (h, w)) for i, (h, w) in enumerate(grids)]
+    found = _flow(layers).flatten()
+    matrices = [matrix[0] for matrix in _capacities(layers, _Fusion())]
+    tokens = matrices[-1].shape[1] - prefix
+    expected = [flow_by_linear_program(matrices, prefix + token) for token in range(tokens)]
+    assert_close(found, torch.tensor(expected).double(), atol=1e-5, rtol=0)
+    rollout = _roll_out(layers).flatten()
+    assert_close(torch.linalg.multi_dot(matrices)[0, prefix:], rollout)  # of the same matrices
+    assert (found >= rollout - 1e-6).all()  # the rollout is a flow, of all sinks at once
+
+
+def test_flow_through_one_layer_is_its_capacity():
+    attention = softmax_attention(1 + 6)
+    assert_close(_flow([(attention, (2, 3))]).flatten(), mixed(attention)[0, 1:], atol=1e-6, rtol=0)
+
+
+def test_a_narrow_layer_bounds_the_flow():
+    """All of the last layer looks at token 0, whose edges to the others are narrow."""
+    last = torch.zeros(1, 1, 4, 4).double()
+    last[..., 0] = 1
+    first = torch.full((1, 1, 4, 4), 0.25).double()
+    found = _flow([(first, (1, 4)), (last, (1, 4))]).flatten()
+    # the source feeds 1/4 to each, which may all stay or go to token 0; into a token lead 1/8 from each other one
+    expected = [5 / 8 + 3 / 8, *[3 / 8 + 1 / 4] * 3]
+    assert_close(found, torch.tensor(expected).double(), atol=1e-6, rtol=0)
+
+
+# Our mixers
+
+
+def study_net(name, **options):
     torch.manual_seed(0)
-    model = Plain(saccade.create_mixer(name, 16))
-    found = explain(model, images(2, 3, 16, 16), method="attention_rollout")
-    assert found.map.shape == (2, 16, 16)
-    assert_close(found.map.sum((1, 2)) / 4, torch.ones(2), rtol=0.05, atol=0)  # a token is 2 x 2 pixels
+    return saccade.create_model(
+        "study_xxs", num_classes=3, mixer=name, dims=(16, 16), depths=(1, 1), patch_size=4, **options
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*saccade.list_mixers()} - {"channel"}))
+def test_rollout_and_flow_of_every_mixer_of_ours_in_two_stages(name):
+    model, x = study_net(name), images(2, 3, 24, 16)
+    rollout, flow = (explain(model, x, method=f"attention_{kind}", target=0) for kind in ("rollout", "flow"))
+    assert rollout.map.shape == flow.map.shape == (2, 24, 16)
+    assert_close(rollout.map.sum((1, 2)) / 16, torch.ones(2), rtol=0.05, atol=0)  # a token is 4 x 4 pixels
+    assert (flow.map >= rollout.map - 1e-5).all()
+    assert (flow.map <= 1 + 1e-6).all()
+    assert flow.layer == "stages.0.blocks.0.mixer, stages.1.blocks.0.mixer"
+    assert flow.inferred == "2 layers read from taps: 6 x 4 tokens, then 3 x 2 tokens"
+
+
+@pytest.mark.parametrize("method", ["attention_rollout", "attention_flow"])
+def test_channel_attention_alone_is_refused(method):
+    with pytest.raises(InputError, match=r"'stages.0.blocks.0.mixer' and all other layers weigh channels"):
+        explain(study_net("channel"), images(1, 3, 16, 16), method=method)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from saccade.explain.additivity import Additivity, additivity
+from saccade.explain.attention import AttentionLayer, read_attention
 from saccade.explain.attribute import Explanation, explain, list_methods
 from saccade.explain.faithfulness import Faithfulness, faithfulness
 from saccade.explain.localization import Localization, localization
@@ -22,6 +23,7 @@ from saccade.explain.verbalization import Verbalization, Wording, check_sentence
 
 __all__ = [
     "Additivity",
+    "AttentionLayer",
     "Explanation",
     "Faithfulness",
     "FrameScores",
@@ -41,6 +43,7 @@ __all__ = [
     "localization",
     "overlay",
     "parameter_randomization",
+    "read_attention",
     "save_overlay",
     "verbalize",
     "verbalize_map",

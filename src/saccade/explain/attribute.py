@@ -32,6 +32,7 @@ class Explanation:
             logits; None for others.
         seconds: time the method took, without the prediction of `target`.
         against: what the target was held against, in the form of `target`; None if nothing.
+        inferred: what the method took the model's tokens to be, in words; None for methods that need not know.
     """
 
     map: Tensor
@@ -41,6 +42,7 @@ class Explanation:
     error: Tensor | None
     seconds: float
     against: Tensor | None = None
+    inferred: str | None = None
 
 
 def list_methods() -> list[str]:
@@ -109,7 +111,16 @@ def explain(
             f"the map of {method} holds NaN or infinite values: look for them in the model's activations and gradients"
         )
     seconds = time.perf_counter() - start
-    return Explanation(found.map.detach(), question.target, method, found.layer, found.error, seconds, question.against)
+    return Explanation(
+        found.map.detach(),
+        question.target,
+        method,
+        found.layer,
+        found.error,
+        seconds,
+        question.against,
+        found.inferred,
+    )
 
 
 def _check_options(method: str, options: dict[str, Any]) -> None:

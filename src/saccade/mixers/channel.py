@@ -1,5 +1,7 @@
 """Channel attention (DaViT, Ding et al., 2022, arXiv:2204.03645) as a mixer."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ class ChannelAttention(Mixer):
         scale: factor of the products; None takes (C / num_heads)^-0.5.
         proj_drop: dropout after the output projection.
     """
+
+    mixes_tokens: ClassVar[bool] = False
 
     def __init__(
         self,

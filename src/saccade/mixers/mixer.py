@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,13 @@ class Mixer(nn.Module, ABC):
 
     Args:
         dim: C, channels of a token.
+
+    Attributes:
+        mixes_tokens: False where an output token is a sum of its own channels alone, so that the token matrix that taps
+            see says nothing about places.
     """
+
+    mixes_tokens: ClassVar[bool] = True
 
     def __init__(self, dim: int) -> None:
         super().__init__()

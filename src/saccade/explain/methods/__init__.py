@@ -11,11 +11,12 @@ from saccade.explain.methods.gradients import gradient, input_x_gradient, integr
 from saccade.explain.methods.normgrad import normgrad
 from saccade.explain.methods.operations import relevance
 from saccade.explain.methods.perturbation import occlusion
-from saccade.explain.methods.rollout import attention_rollout
+from saccade.explain.methods.rollout import attention_flow, attention_rollout
 from saccade.explain.methods.salient_relevance import salient_relevance
 from saccade.explain.methods.selection import selection
 
 __all__ = [
+    "attention_flow",
     "attention_rollout",
     "grad_cam",
     "gradient",

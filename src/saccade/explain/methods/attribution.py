@@ -9,11 +9,13 @@ __all__ = ["Attribution", "enlarge"]
 
 
 class Attribution(NamedTuple):
-    """`map` (B, H, W); `error` (B,) in logits and the `layer` read, where the method has them."""
+    """`map` (B, H, W); `error` (B,) in logits, the `layer` read and what was `inferred` of the model, where the method
+    has them."""
 
     map: Tensor
     error: Tensor | None = None
     layer: str | None = None
+    inferred: str | None = None
 
 
 def enlarge(map: Tensor, size: tuple[int, ...]) -> Tensor:

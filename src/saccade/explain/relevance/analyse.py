@@ -108,7 +108,7 @@ def relevance(
     """
     chosen = read_recipe(recipe).with_rules(*rules)
     _check_inputs(inputs)
-    named = _named(model)
+    named = named_tensors(model)
     check_points(model, inner)
 
     def run(recorder: Recorder, given: tuple[Tensor, ...]) -> Tensor:
@@ -250,7 +250,8 @@ def _heads(tape: Tape) -> dict[str, tuple[Value, tuple[int, ...]]]:
     return found
 
 
-def _named(model: Any) -> dict[str, Tensor]:
+def named_tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of a module by name, shared ones under each; of a function none."""
     if not isinstance(model, nn.Module):
         return {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -531,7 +531,7 @@ def attention_by_equation(eps: float = EPS, *, values_only: bool = False) -> Rul
     """
 
     def share(node: Node, relevance: Tensor) -> Shares:
-        query, key, value, mask, weights, scale = _attention(node)
+        query, key, value, mask, weights, scale = attention_parts(node)
         s = relevance / stabilise(node.output.tensor, eps)
         shares: Shares = [None] * len(node.inputs)
         if values_only:
@@ -549,7 +549,7 @@ def attention_by_equation(eps: float = EPS, *, values_only: bool = False) -> Rul
     return Rule("values_only" if values_only else "attention", share, inputs=True, output=True)
 
 
-def _attention(node: Node) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, float]:
+def attention_parts(node: Node) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, float]:
     """Query, key, value (a head of keys stands once for each head of queries that shares it), the mask if it is added,
     the weights, and the scale."""
     query, key, value = (each.tensor for each in node.inputs[:3])
@@ -635,7 +635,7 @@ def attention_coefficient(*, values_only: bool = False) -> Rule:
     """The derivative of fused attention, or of its values with the weights held fixed (the AH-rule)."""
 
     def many(node: Node, messages: Sequence[Tensor | None]) -> Shares:
-        query, key, value, mask, weights, scale = _attention(node)
+        query, key, value, mask, weights, scale = attention_parts(node)
         shares: Shares = [None] * len(node.inputs)
         c, of_lse = messages[:2]  # the log of the sum of exponentials, where parts are merged by it
         d = torch.zeros_like(weights)
