@@ -58,14 +58,20 @@ def test_taps_and_operations_see_the_same_in_our_attention():
     taps, operations = (read_attention(model, pixels(1, 32, 16), source=source) for source in ("taps", "operations"))
     for one, other in zip(taps, operations, strict=True):
         assert (one.name, one.grid, one.projection) == (other.name, other.grid, other.projection)
-        assert_close(one.attention, other.attention)
+        assert_close((one.attention, one.value), (other.attention, other.value))
 
 
 def test_prefix_tokens_of_our_networks_stand_first():
-    model = saccade.create_model("convit_test", num_classes=3)
-    layers = read_attention(model, images(1, 3, 32, 32))
+    model = saccade.create_model("convit_test", num_classes=3).eval()
+    x = images(1, 3, 32, 32)
+    layers = read_attention(model, x)
     assert [layer.num_prefix for layer in layers][-1] == 1
     assert layers[-1].grid == layers[0].grid
+    with saccade.tap(model, kinds=("features",)) as seen:
+        model(x)
+    joined = (layers[-1].attention @ layers[-1].value).transpose(1, 2).flatten(2)
+    out = model.get_submodule(layers[-1].projection)(joined)
+    assert_close(out[:, 1:].unflatten(1, layers[-1].grid), seen[layers[-1].name].features)
 
 
 @pytest.mark.parametrize("method", ["attention_rollout", "attention_flow"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from saccade.errors import InputError, check_choice
@@ -122,8 +123,17 @@ class _NothingSeenError(Exception):
 
 def _read_taps(model: nn.Module, images: Tensor) -> tuple[list[AttentionLayer], list[str]]:
     """Layers that mix tokens, and the names of those that mix channels."""
+    from saccade.explain.relevance.modules import watching
+
+    projections = [f"{name}.qkv".removeprefix(".") for name, module in model.named_modules() if _has_values(module)]
+    values: dict[str, list[Tensor]] = {}
+
+    def keep(point: str, projected: Tensor) -> Tensor:
+        values.setdefault(point.partition("#")[0].removesuffix("qkv").removesuffix("."), []).append(projected)
+        return projected
+
     try:
-        with tap(model, kinds=("attention", "features")) as seen:
+        with watching(model, projections, keep), tap(model, kinds=("attention", "features")) as seen:
             model(images.clone())
             if not seen.attention:
                 raise _NothingSeenError
@@ -131,17 +141,34 @@ def _read_taps(model: nn.Module, images: Tensor) -> tuple[list[AttentionLayer], 
         return [], []
     layers, channels = [], []
     for name in seen:
-        for call in seen.calls(name):
+        calls = seen.calls(name)
+        for number, call in enumerate(calls):
             if call.attention is not None and not getattr(model.get_submodule(name), "mixes_tokens", True):
                 channels.append(name)
             elif call.attention is not None:
                 grid = _tapped_grid(name, call.attention, call.features)
                 heads, tokens = call.attention.shape[1:3]
                 projection = _tapped_projection(model, name, heads)
-                layers.append(
-                    AttentionLayer(name, call.attention, grid, tokens - grid[0] * grid[1], "taps", projection)
-                )
+                parts = values.get(name, [])
+                value = _split_values(parts[number :: len(calls)] if len(calls) == len(parts) else parts, heads, tokens)
+                prefix = tokens - grid[0] * grid[1]
+                layers.append(AttentionLayer(name, call.attention, grid, prefix, "taps", projection, value))
     return layers, channels
+
+
+def _has_values(module: nn.Module) -> bool:
+    """Whether it is a mixer with one projection to query, key and value of all channels."""
+    layer = getattr(module, "qkv", None)
+    whole = isinstance(layer, nn.Linear) and layer.out_features == 3 * layer.in_features
+    return whole and getattr(module, "mixes_tokens", False)
+
+
+def _split_values(parts: list[Tensor], heads: int, tokens: int) -> Tensor | None:
+    """(B, heads, N, D) from what a projection to query, key and value gave: for the map, then for prefix tokens."""
+    flat = [part.flatten(1, -2).chunk(3, -1)[2] for part in reversed(parts)]
+    if not flat or sum(part.shape[1] for part in flat) != tokens or flat[0].shape[-1] % heads:
+        return None
+    return torch.cat(flat, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _tapped_grid(name: str, attention: Tensor, features: Tensor | None) -> tuple[int, int]:
