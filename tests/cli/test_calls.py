@@ -117,7 +117,7 @@ WRONG = {
     "train": [
         ("--mixer windov", "mixer is 'windov': did you mean window?"),
         ("--mixer window(window_size=99)", "a window must fit into the map. Take a smaller window"),
-        ("--model resnet", "model is 'resnet': choose one of biformer_base"),
+        ("--model resnet", "model is 'resnet': choose one of agent_cswin_base"),
         ("--epochs 0", "epochs is 0: give a whole number, 1 or more"),
         ("--seed -1", "seed is -1: give a whole number, 0 or more"),
     ],
@@ -144,7 +144,7 @@ def test_options_that_cannot_be_served(command, options, message, complaint, pho
         ("study a --epochs 1.5", "--epochs is '1.5': give a whole number. See"),
         ("study a --learning-rate fast", "--learning-rate is 'fast': give a number. See"),
         ("study a --config nowhere.yaml", "nowhere.yaml"),
-        ("models x*", "no network matches 'x*': choose one of biformer_base"),
+        ("models x*", "no network matches 'x*': choose one of agent_cswin_base"),
         ("bench --operators windov", "operator is 'windov': did you mean window?"),
         ("bench --sides 7,x", "sides is '7,x': give whole numbers such as 14,28,56"),
         ("bench --sides 7,0", "side is 0: give a whole number of at least 1"),
