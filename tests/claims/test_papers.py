@@ -22,6 +22,11 @@ KNOWN_FAILURES = {
     ): "on two convolutions it is the epsilon rule, and shares of biases by magnitude only take from it",
     ("efficient_dlm", "clean blocks change the weights less"): "two-sided attention learns less in so few steps",
     (
+        "feature_merging",
+        "copies read by random parts are found",
+    ): "what reads a channel has most of the weights and counts most in its distance, so that copies which are read "
+    "differently are no nearer than others",
+    (
         "mp_sae",
         "hierarchy is found",
     ): "a child is there in 4 % of the activations, and an atom that serves two children is not given up again",

@@ -211,7 +211,7 @@ class _Walk:
             return
         found = self.source(value)
         if found is None or found[1][axis] is None:
-            if (ids > 0).any() and value.shape[axis] == 1:  # a width of one: nothing to merge
+            if value.shape[axis] == 1:  # nothing to merge
                 self.freeze(ids, "there is one channel")
             else:
                 self.block(value, "the tensor is not a parameter as it is")
