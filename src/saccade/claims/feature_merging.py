@@ -101,7 +101,7 @@ def added_variances_scale_a_merged_channel() -> dict[str, float]:
     folded into the layer first, the merge changes nothing."""
     net = _copies_with_norm()
     images = torch.randn(8, 3, 6, 6, dtype=torch.float64)
-    summed = merge_features(net, images, beta=0, batch_norm="sum").model
+    summed: Any = merge_features(net, images, beta=0, batch_norm="sum").model
     folded = merge_features(net, images, beta=0).model
     whole, narrow = (each[:2](images) for each in (net, summed))
     right = 2 * whole[:, 0] - 2 * net[1].bias[0]  # the shift is added up rightly
