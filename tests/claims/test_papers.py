@@ -22,6 +22,11 @@ KNOWN_FAILURES = {
     ): "on two convolutions it is the epsilon rule, and shares of biases by magnitude only take from it",
     ("efficient_dlm", "clean blocks change the weights less"): "two-sided attention learns less in so few steps",
     (
+        "feature_guided_testing",
+        "tree search and saliency come nearer",
+    ): "most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are some "
+    "ten plays, too few for a tree to learn from",
+    (
         "feature_merging",
         "copies read by random parts are found",
     ): "what reads a channel has most of the weights and counts most in its distance, so that copies which are read "

@@ -222,7 +222,7 @@ class _Moves:
         if self.manipulation == "step":
             changed[:, places] = (changed[:, places] + move.sign * self.step).clamp(low, high)
         elif self.manipulation == "flip":
-            changed[:, places] = torch.where(now - low > high - now, low, high).to(changed)
+            changed[:, places] = torch.where(now - low > high - now, now.new_tensor(low), now.new_tensor(high))
         else:
             changed[:, places] = high if self.manipulation == "high" else low
         return changed.view_as(image)
