@@ -24,8 +24,8 @@ KNOWN_FAILURES = {
     (
         "feature_guided_testing",
         "tree search and saliency come nearer",
-    ): "most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are some "
-    "ten plays, too few for a tree to learn from",
+    ): "most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are "
+    "some ten plays, too few for a tree to learn from",
     (
         "feature_merging",
         "copies read by random parts are found",

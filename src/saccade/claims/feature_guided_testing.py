@@ -127,8 +127,8 @@ def saliency_finds_the_first_image_with_fewer_queries() -> float:
     at_least(0, "the order is expected"),
     source="saliency and tree search guide the search; " + EXPERIMENT,
     slow=True,
-    guess="most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are some "
-    "ten plays, too few for a tree to learn from",
+    guess="most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are "
+    "some ten plays, too few for a tree to learn from",
 )
 def tree_search_and_saliency_come_nearer() -> dict[str, float]:
     """Median L0 distance that 1000 queries reach for 30 digits: by how much it is smaller near keypoints than
