@@ -82,6 +82,13 @@ KNOWN_FAILURES = {
         "verbalization",
         "spans of the coded form beat the threshold",
     ): "the coded form joins groups that beat the threshold into runs that need not",
+    (
+        "vmoba",
+        "competing within a head loses less",
+    ): "a third of the queries get no block beside their own. What all products of a query share counts when "
+    "queries compete and cancels in the softmax: with the mean key taken out of all keys half of the gap is "
+    "gone, in three runs of three. Long queries are not the cause, for unit queries show the same; the rest is "
+    "unexplained, and trained projections may behave otherwise",
     ("volo", "digits from windows"): "fixed kernels suit small digits better",
 }
 
