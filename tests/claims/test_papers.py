@@ -22,6 +22,14 @@ KNOWN_FAILURES = {
     ): "on two convolutions it is the epsilon rule, and shares of biases by magnitude only take from it",
     ("efficient_dlm", "clean blocks change the weights less"): "two-sided attention learns less in so few steps",
     (
+        "feature_complexity",
+        "simple features go around blocks",
+    ): "a small block reads the whole stream, and what it adds shows nearly all that the stream shows",
+    (
+        "feature_complexity",
+        "order is stable across ridges",
+    ): "a penalty of a tenth hides directions of small variance, and features that need them look complex",
+    (
         "feature_guided_testing",
         "tree search and saliency come nearer",
     ): "most of what a play changes is taken back after each find, with or without a tree, and 1000 queries are "

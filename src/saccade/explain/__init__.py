@@ -12,6 +12,14 @@ from types import ModuleType
 from saccade.explain.additivity import Additivity, additivity
 from saccade.explain.attention import AttentionLayer, read_attention
 from saccade.explain.attribute import Explanation, explain, list_methods
+from saccade.explain.complexity import (
+    Complexity,
+    Flow,
+    complexity_over_checkpoints,
+    feature_complexity,
+    residual_flow,
+)
+from saccade.explain.concepts import ConceptExplanation, concept_faithfulness, explain_concepts
 from saccade.explain.faithfulness import Faithfulness, faithfulness
 from saccade.explain.localization import Localization, localization
 from saccade.explain.methods.salient_relevance import context_aware_saliency
@@ -24,8 +32,11 @@ from saccade.explain.verbalization import Verbalization, Wording, check_sentence
 __all__ = [
     "Additivity",
     "AttentionLayer",
+    "Complexity",
+    "ConceptExplanation",
     "Explanation",
     "Faithfulness",
+    "Flow",
     "FrameScores",
     "Localization",
     "Randomization",
@@ -35,15 +46,20 @@ __all__ = [
     "additivity",
     "check_sentences",
     "class_sensitivity",
+    "complexity_over_checkpoints",
+    "concept_faithfulness",
     "context_aware_saliency",
     "explain",
+    "explain_concepts",
     "faithfulness",
+    "feature_complexity",
     "frame_scores",
     "list_methods",
     "localization",
     "overlay",
     "parameter_randomization",
     "read_attention",
+    "residual_flow",
     "save_overlay",
     "verbalize",
     "verbalize_map",
