@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saccade import taps
 from saccade.errors import DivergedError, InputError, check_choice
 from saccade.explain.classifier import check_whole, evaluating
 from saccade.explain.dictionaries.dictionary import ConceptDictionary
+from saccade.taps import tap
 
 __all__ = ["Activations", "Training", "train_dictionary"]
 
@@ -50,7 +50,7 @@ class Activations:
 
     def _run(self, batch: Tensor) -> list[Tensor]:
         if self.kind != "output":
-            with taps.tap(self.model, kinds=(self.kind,), names=[self.layer]) as found:
+            with tap(self.model, kinds=(self.kind,), names=[self.layer]) as found:
                 self.model(batch)
             return [getattr(each, self.kind) for each in found.calls(self.layer)]
         seen: list[Tensor] = []
