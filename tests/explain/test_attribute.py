@@ -98,15 +98,17 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda y: (y, y), "a tuple of 2"),
-        (lambda y: {"logits": y}, "a dict of 1"),
+        (lambda y: (y, y), r"a tuple of 2, 2 of them tables \(B, classes\)"),
+        (lambda y: {"a": y, "b": y}, r"a dict of 2, 2 of them tables \(B, classes\)"),
+        (lambda y: {"logits": y[0]}, r"a tensor of shape \(3,\)"),
+        (lambda y: y[:2], r"a tensor of shape \(2, 3\) for 3 images"),
         (lambda y: y[:, 0], r"a tensor of shape \(3,\)"),
         (lambda y: y[:, :, None], r"a tensor of shape \(3, 3, 1\)"),
         (lambda y: 1.0, "a float"),
     ],
 )
 def test_a_model_without_logits_is_refused(make, said):
-    with pytest.raises(InputError, match=f"Returns returns {said} for 3 images.*Wrap the model"):
+    with pytest.raises(InputError, match=f"Returns returns {said}.*Say where they are with output="):
         explain(Returns(make), images())
 
 

@@ -146,7 +146,7 @@ def _read_taps(model: nn.Module, images: Tensor) -> tuple[list[AttentionLayer], 
             if call.attention is not None and not getattr(model.get_submodule(name), "mixes_tokens", True):
                 channels.append(name)
             elif call.attention is not None:
-                grid = _tapped_grid(name, call.attention, call.features)
+                grid = _tapped_grid(name, call.attention, call.features, images)
                 heads, tokens = call.attention.shape[1:3]
                 projection = _tapped_projection(model, name, heads)
                 parts = values.get(name, [])
@@ -171,9 +171,13 @@ def _split_values(parts: list[Tensor], heads: int, tokens: int) -> Tensor | None
     return torch.cat(flat, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _tapped_grid(name: str, attention: Tensor, features: Tensor | None) -> tuple[int, int]:
+def _tapped_grid(name: str, attention: Tensor, features: Tensor | None, images: Tensor) -> tuple[int, int]:
+    from saccade.explain.methods.layers import token_grid
+
     _check_square(name, attention)
     tokens = attention.shape[-1]
+    if features is None and (inferred := token_grid(tokens, images.shape)):
+        return inferred[:2]
     space = () if features is None else tuple(features.shape[1:-1])
     if len(space) != 2 or not 0 <= tokens - space[0] * space[1] <= space[0] * space[1]:
         raise InputError(

@@ -3,19 +3,27 @@
 import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from saccade.errors import InputError, WorkError, check_choice, nearest
 from saccade.explain import methods
-from saccade.explain.classifier import check_images, check_whole, evaluating
+from saccade.explain.classifier import Output, check_images, check_whole, evaluating
+from saccade.explain.methods.attribution import Detail
 from saccade.explain.question import Classes, read_question
 
-__all__ = ["Explanation", "explain", "list_methods"]
+__all__ = ["ALIASES", "Explanation", "explain", "list_methods", "read_method"]
 
 _METHODS = {name: getattr(methods, name) for name in methods.__all__}
+ALIASES = {
+    "gradcam": "grad_cam",
+    "ig": "integrated_gradients",
+    "lrp": "relevance",
+    "rollout": "attention_rollout",
+}
+"""Short names of methods."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Explanation:
         seconds: time the method took, without the prediction of `target`.
         against: what the target was held against, in the form of `target`; None if nothing.
         inferred: what the method took the model's tokens to be, in words; None for methods that need not know.
+        detail: layers, grids and prefix tokens that were read or inferred, and the account of relevance; see Detail.
     """
 
     map: Tensor
@@ -43,11 +52,22 @@ class Explanation:
     seconds: float
     against: Tensor | None = None
     inferred: str | None = None
+    detail: Detail = field(default_factory=Detail)
 
 
 def list_methods() -> list[str]:
     """The names that `explain` takes as `method`, sorted."""
     return sorted(_METHODS)
+
+
+def read_method(name: str) -> str:
+    """The full name of a method that is given by its name or a short one.
+
+    >>> read_method("lrp")
+    'relevance'
+    """
+    check_choice("method", name, [*_METHODS, *ALIASES] if name in ALIASES else _METHODS)
+    return ALIASES.get(name, name)
 
 
 def explain(
@@ -59,6 +79,7 @@ def explain(
     against: Classes | None = None,
     layer: str | Sequence[str] | None = None,
     batch_size: int = 32,
+    output: Output | None = None,
     **options: Any,
 ) -> Explanation:
     """Say how much each pixel of each image adds to the logit of one class, or to another question's answer.
@@ -69,10 +90,10 @@ def explain(
 
     Args:
         model: any module that maps (B, 3, H, W) to logits (B, classes). It runs in eval mode; its parameters may be
-            frozen; modes, gradients and hooks are afterwards as they were.
+            frozen, and of a compiled one the original runs; modes, gradients and hooks are afterwards as they were.
         images: (B, 3, H, W), floats normalised as in training; other numbers of channels pass where the model takes
             them.
-        method: one of `list_methods()`. The default costs 50 gradient passes, needs no layer, and says by how much it
+        method: one of `list_methods()`, or one of `ALIASES` for short, such as "lrp". The default costs 50 gradient passes, needs no layer, and says by how much it
             is wrong.
         target: class index, or (B,) of them; None explains the predicted classes. A group is a set of class indices, or
             (B, classes) booleans for one of its own an image.
@@ -81,6 +102,8 @@ def explain(
         layer: module name, for methods that read one, or several for those that combine them; None lets the method find
             it and say which.
         batch_size: the most images in one forward pass, which bounds memory.
+        output: takes what the model returns and gives its logits, for a model that returns several things. None takes
+            the entry or attribute `logits` (as transformers' models have), or the only table (B, classes) among them.
         options: the method's own, such as `steps` of integrated_gradients; see the functions in
             `saccade.explain.methods`.
 
@@ -95,12 +118,12 @@ def explain(
     >>> round(found.map.item(), 4)  # a linear model: weight times input, summed over channels
     2.5
     """
-    check_choice("method", method, _METHODS)
+    method = read_method(method)
     check_images(images)
     check_whole("batch_size", batch_size)
     options |= {} if layer is None else {"layer": layer}
     _check_options(method, options)
-    with evaluating(model, grad=True) as classify:
+    with evaluating(model, grad=True, output=output) as classify:
         images = images.detach().clone()  # a tensor made in inference mode could not be differentiated
         question = read_question(target, against, classify, images, batch_size)
         answer, column = question.ask(classify)
@@ -120,6 +143,7 @@ def explain(
         seconds,
         question.against,
         found.inferred,
+        found.detail,
     )
 
 

@@ -2,20 +2,21 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from saccade.errors import check_choice
+from saccade.errors import InputError, check_choice
 from saccade.explain.attribute import Explanation
-from saccade.explain.classifier import Classifier, check_images, check_whole, evaluating
+from saccade.explain.classifier import Classifier, Output, check_images, check_whole, evaluating
 from saccade.explain.maps import read_asked, read_maps
 from saccade.explain.question import Classes
 from saccade.explain.removal import FILLERS, patch_relevance, rank, removal_curves
 from saccade.explain.score import Score, check_confidence, draw_resamples, summarize
 
-__all__ = ["Faithfulness", "faithfulness"]
+__all__ = ["Faithfulness", "compare_faithfulness", "faithfulness"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def faithfulness(
     batch_size: int = 64,
     seed: int = 0,
     confidence: float = 0.95,
+    output: Output | None = None,
 ) -> Faithfulness:
     """Measure how the target's probability falls as pixels are removed in a map's order, beside random orders.
 
@@ -99,6 +101,7 @@ def faithfulness(
         batch_size: the most images in one forward pass. An image costs 2 (repeats + 1)(steps - 1) + 2 of them.
         seed: of random orders, ties and intervals; the same seed gives the same numbers whatever the batch size.
         confidence: of all intervals.
+        output: where the logits are in what the model returns, as in `explain`.
 
     Returns: Faithfulness.
     Raises: InputError for wrong arguments, and where images and repeats are too few to support `confidence`; WorkError
@@ -110,9 +113,59 @@ def faithfulness(
     >>> faithfulness(model, image, image[:, 0], target=0, filler="zero").verdict
     'better than random'
     """
+    (found,) = compare_faithfulness(
+        model,
+        images,
+        {"": explanation},
+        target=target,
+        against=against,
+        oracle=oracle,
+        steps=steps,
+        filler=filler,
+        patch=patch,
+        repeats=repeats,
+        batch_size=batch_size,
+        seed=seed,
+        confidence=confidence,
+        output=output,
+    ).values()
+    return found
+
+
+def compare_faithfulness(
+    model: nn.Module,
+    images: Tensor,
+    explanations: Mapping[str, Explanation | Tensor],
+    *,
+    target: Classes | None = None,
+    against: Classes | None = None,
+    oracle: Tensor | None = None,
+    steps: int = 20,
+    filler: str = "blur",
+    patch: int | None = None,
+    repeats: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    confidence: float = 0.95,
+    output: Output | None = None,
+) -> dict[str, Faithfulness]:
+    """`faithfulness` of several maps of the same images, in the same numbers and for less: random orders run once.
+
+    Args:
+        explanations: name -> what `faithfulness` takes as `explanation`, all about the same question, which is read
+            from the first one where `target` is None.
+        model, images, target, against, oracle, steps, filler, patch, repeats, batch_size, seed, confidence, output: as
+            in `faithfulness`. An image costs 2 (repeats + maps)(steps - 1) + 2 forward passes.
+
+    Returns: Faithfulness by name; `seconds` is the time of all together.
+    Raises: InputError as `faithfulness`.
+    """
     start = time.perf_counter()
     check_images(images)
-    maps = read_maps(explanation, images)
+    if not explanations:
+        raise InputError("there is no explanation: give at least one by name")
+    asked = next(iter(explanations.values()))
+    maps = [read_maps(each, images) for each in explanations.values()]
     oracle = None if oracle is None else read_maps(oracle, images, "oracle")
     height, width = images.shape[-2:]
     patch = max(1, round(min(height, width) / 16)) if patch is None else patch
@@ -123,12 +176,11 @@ def faithfulness(
         check_whole(name, value)
     check_confidence(confidence, repeats, len(images))
 
-    generator = torch.Generator().manual_seed(seed)
     known = None if oracle is None else patch_relevance(oracle, patch)
-    ranks = _rank_orders(patch_relevance(maps, patch), repeats, known, generator)
+    ranks, generator = _rank_orders([patch_relevance(each, patch) for each in maps], repeats, known, seed)
     counts = torch.linspace(0, ranks.shape[-1], min(steps, ranks.shape[-1]) + 1).round().long()
-    with evaluating(model, grad=False) as classify:
-        question = read_asked(explanation, target, against, classify, images, batch_size)
+    with evaluating(model, grad=False, output=output) as classify:
+        question = read_asked(asked, target, against, classify, images, batch_size)
         curves = removal_curves(
             lambda part, owner: _probability(classify, part, question.weights[owner]),
             images,
@@ -139,43 +191,51 @@ def faithfulness(
             batch_size=batch_size,
         )
     fractions = counts.double() / ranks.shape[-1]
-    # (B, 1 + repeats) each, and the oracle: the map's order and the random ones, forwards and backwards
+    # (B, maps + repeats) each, and the oracle: the maps' orders and the random ones, forwards and backwards
     most_first, least_first = torch.trapezoid(curves, fractions).chunk(2, 1)
     draws = draw_resamples(len(images), generator)
+    half, chances = curves.shape[1] // 2, slice(len(maps), len(maps) + repeats)
 
-    def score(forth: Tensor, back: Tensor) -> Score:
-        chance = torch.cat([forth[:, 1 : 1 + repeats], back[:, 1 : 1 + repeats]], 1)
-        return summarize(forth[:, 0], chance, draws, confidence, None if oracle is None else forth[:, -1])
+    def score(place: int, forth: Tensor, back: Tensor) -> Score:
+        chance = torch.cat([forth[:, chances], back[:, chances]], 1)
+        return summarize(forth[:, place], chance, draws, confidence, None if oracle is None else forth[:, -1])
 
-    abpc, half = score(least_first - most_first, most_first - least_first), curves.shape[1] // 2
-    return Faithfulness(
-        deletion=score(most_first, least_first),
-        insertion=score(least_first, most_first),
-        abpc=abpc,
-        verdict=_verdict(abpc),
-        fractions=fractions,
-        deletion_curves=curves[:, 0],
-        insertion_curves=curves[:, half].flip(-1),
-        random_curves=torch.cat([curves[:, at + 1 : at + 1 + repeats] for at in (0, half)], 1).mean(1),
-        target=question.target,
-        against=question.against,
-        filler=filler,
-        patch=patch,
-        repeats=repeats,
-        seed=seed,
-        confidence=confidence,
-        seconds=time.perf_counter() - start,
-    )
+    found, forwards, backwards = {}, curves[:, :half], curves[:, half:]
+    for place, name in enumerate(explanations):
+        abpc = score(place, least_first - most_first, most_first - least_first)
+        found[name] = Faithfulness(
+            deletion=score(place, most_first, least_first),
+            insertion=score(place, least_first, most_first),
+            abpc=abpc,
+            verdict=_verdict(abpc),
+            fractions=fractions,
+            deletion_curves=forwards[:, place],
+            insertion_curves=backwards[:, place].flip(-1),
+            random_curves=torch.cat([forwards[:, chances], backwards[:, chances]], 1).mean(1),
+            target=question.target,
+            against=question.against,
+            filler=filler,
+            patch=patch,
+            repeats=repeats,
+            seed=seed,
+            confidence=confidence,
+            seconds=time.perf_counter() - start,
+        )
+    return found
 
 
-def _rank_orders(relevance: Tensor, repeats: int, oracle: Tensor | None, generator: torch.Generator) -> Tensor:
-    """(B, orders, P): ranks in the map's order, in random ones and in the oracle's, then all of these backwards."""
-    equal = relevance.new_zeros(len(relevance), repeats, relevance.shape[1])  # nothing but ties: random orders
-    ranks = [rank(relevance, generator)[:, None], rank(equal, generator)]
+def _rank_orders(maps: list[Tensor], repeats: int, oracle: Tensor | None, seed: int) -> tuple[Tensor, torch.Generator]:
+    """(B, orders, P): ranks in each map's order, in random ones and in the oracle's, then all of these backwards."""
+    ranks = []
+    for relevance in maps:  # each from the same seed, so that a map's figures do not depend on its company
+        generator = torch.Generator().manual_seed(seed)
+        ranks.append(rank(relevance, generator)[:, None])
+    equal = maps[0].new_zeros(len(maps[0]), repeats, maps[0].shape[1])  # nothing but ties: random orders
+    ranks.append(rank(equal, generator))
     if oracle is not None:
         ranks.append(rank(oracle, generator)[:, None])
     forth = torch.cat(ranks, 1)
-    return torch.cat([forth, forth.shape[-1] - 1 - forth], 1)
+    return torch.cat([forth, forth.shape[-1] - 1 - forth], 1), generator
 
 
 def _probability(classify: Classifier, images: Tensor, weights: Tensor) -> Tensor:

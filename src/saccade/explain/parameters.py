@@ -1,7 +1,8 @@
 """Other parameters for a while: a step of learning, or their own values shuffled; afterwards bit for bit as before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,16 @@ def with_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
             parameters[name].data = value
 
 
-def step_downhill(model: nn.Module, images: Tensor, classes: Tensor, rate: float) -> dict[str, Tensor]:
-    """theta - rate * d cross-entropy / d theta for every parameter, frozen ones too; `model` stays as it is."""
+def step_downhill(
+    model: nn.Module, images: Tensor, classes: Tensor, rate: float, *, read: Callable[[Any], Tensor]
+) -> dict[str, Tensor]:
+    """theta - rate * d cross-entropy / d theta for every parameter, frozen ones too; `model` stays as it is.
+
+    `read` finds the logits in what the model returns.
+    """
     leaves = {name: each.detach().clone().requires_grad_() for name, each in parameters_of(model).items()}
     with torch.enable_grad():
-        logits = functional_call(model, leaves, (images.detach().clone(),))
+        logits = read(functional_call(model, leaves, (images.detach().clone(),)))
         slopes = torch.autograd.grad(cross_entropy(logits, classes), list(leaves.values()), allow_unused=True)
     return {
         name: leaf.detach() if slope is None else leaf.detach() - rate * slope

@@ -43,7 +43,7 @@ class Question:
         if self.is_class:
             return classify, self.target
         asked, column = self.weights.unique(dim=0, return_inverse=True)
-        return Classifier(classify.model, asked.T), column
+        return classify.asking(asked.T), column
 
 
 def read_question(

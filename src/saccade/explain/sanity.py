@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import InputError
-from saccade.explain.attribute import explain
+from saccade.explain.attribute import Explanation, explain, read_method
 from saccade.explain.classifier import check_images, check_whole, evaluating
 from saccade.explain.parameters import parameters_of, shuffle_parameters, with_parameters
 from saccade.explain.question import Classes
@@ -53,6 +53,7 @@ def parameter_randomization(
     repeats: int | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    explanation: Explanation | None = None,
     **options: Any,
 ) -> Randomization:
     """Hold the maps of a model against those of the same model with shuffled weights (Adebayo et al., 2018,
@@ -69,16 +70,20 @@ def parameter_randomization(
             an image.
         seed: of shuffling and intervals.
         confidence: of all intervals.
+        explanation: of the intact model, by the same method and question, where it is at hand; else it is made.
 
     Returns: Randomization.
-    Raises: InputError as `explain`, and for a model without parameters.
+    Raises: InputError as `explain`, for an `explanation` by another method, and for a model without parameters.
     """
     check_images(images)
     repeats = max(3, math.ceil(32 / len(images))) if repeats is None else repeats
     check_whole("stages", stages)
     check_whole("repeats", repeats)
     check_confidence(confidence, repeats, len(images))
-    intact = explain(model, images, method=method, target=target, against=against, **options)
+    method = read_method(method)
+    if explanation is not None and explanation.method != method:
+        raise InputError(f"explanation is by {explanation.method} but method is {method!r}: give one by {method}")
+    intact = explanation or explain(model, images, method=method, target=target, against=against, **options)
     parameters = parameters_of(model)
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     if not owners:
@@ -133,7 +138,7 @@ def class_sensitivity(
     repeats = max(3, math.ceil(32 / len(images))) if repeats is None else repeats
     check_whole("repeats", repeats)
     check_confidence(confidence, repeats, len(images))
-    with evaluating(model, grad=False) as classify:
+    with evaluating(model, grad=False, output=options.get("output")) as classify:
         logits = torch.cat([classify(part) for part in images.split(batch_size)])
     if logits.shape[1] < 2:
         raise InputError("the model knows 1 class: sensitivity to the class needs two")

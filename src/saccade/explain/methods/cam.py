@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saccade.explain.classifier import Classifier, batches
-from saccade.explain.methods.attribution import Attribution, enlarge
+from saccade.explain.methods.attribution import Attribution, Detail, enlarge
 from saccade.explain.methods.layers import activations_and_slopes, find_maps
 
 __all__ = ["grad_cam"]
@@ -25,10 +25,11 @@ def grad_cam(
     Interpolation is bilinear.
 
     Args:
-        layer: module whose output is a map; None takes the last one to run whose output is a map larger than 1 x 1,
-            that is the last before global pooling.
-        layout: "NCHW" or "NHWC", where the layer's output has its channels; None infers it from the sides, which must
-            have the image's proportions, and reads a cube, which could be both, as NCHW.
+        layer: module whose output is a map, or patch tokens; None takes the last one to run that the logit depends on,
+            that is the last before global pooling. Where only the class token of the last tokens is read, it is the
+            last norm after which patches still count.
+        layout: "NCHW", "NHWC" or "NLC" (tokens), how the layer's output lies; None infers it from the sides, which
+            must have the image's proportions, and reads a cube, which could be both, as NCHW.
 
     Raises: InputError if no layer returns a map, if the named one does not, or if the logit does not depend on it.
     """
@@ -38,4 +39,4 @@ def grad_cam(
         ((activation, slope),) = activations_and_slopes(classify, part, classes, found)
         cam = (slope.mean((2, 3), keepdim=True) * activation).sum(1)
         maps.append(enlarge(cam, images.shape[-2:]).to(images))
-    return Attribution(torch.cat(maps), layer=found[0][0])
+    return Attribution(torch.cat(maps), layer=found[0].name, detail=Detail(tuple(found)))

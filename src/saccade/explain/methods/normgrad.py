@@ -13,8 +13,8 @@ from torch.nn.functional import pad, unfold
 
 from saccade.errors import InputError, check_choice
 from saccade.explain.classifier import Classifier, batches, check_whole
-from saccade.explain.methods.attribution import Attribution, enlarge
-from saccade.explain.methods.layers import LayerMap, activations_and_slopes, find_maps
+from saccade.explain.methods.attribution import Attribution, Detail, LayerMap, enlarge
+from saccade.explain.methods.layers import activations_and_slopes, find_maps
 from saccade.explain.parameters import step_downhill, with_parameters
 
 __all__ = ["combine_maps", "form_shares", "normgrad", "share_identity_gradient", "stretch"]
@@ -46,9 +46,8 @@ def normgrad(
     form, which counts evidence for the target alone, and `virtual="scaling", aggregate="sum"` has a sign.
 
     Args:
-        layer: module whose output is a map, or several, whose maps are combined; None takes the last one to run whose
-            output is a map.
-        layout: "NCHW" or "NHWC", where the layers' outputs have their channels; None infers it, as grad_cam does.
+        layer: module whose output is a map, or several, whose maps are combined; None finds it, as grad_cam does.
+        layout: "NCHW", "NHWC" or "NLC", how the layers' outputs lie; None infers it, as grad_cam does.
         scales: with `layer` None, how many resolutions are combined, from the last backwards: at each one the last
             layer with more tokens than those after it. The paper combines the four after VGG's poolings.
         virtual: the identity layer: "bias", "scaling" (of each channel), "conv" or "depthwise" convolution.
@@ -93,7 +92,7 @@ def normgrad(
         return maps[0] if len(maps) == 1 else combine_maps(torch.stack(maps), exponents, combine)
 
     def draw_after_step(part: Tensor, classes: Tensor) -> Tensor:
-        stepped = step_downhill(classify.model, part, classes, meta_rate)
+        stepped = step_downhill(classify.model, part, classes, meta_rate, read=classify.logits)
         with with_parameters(classify.model, stepped):
             return draw(part, classes)
 
@@ -101,7 +100,7 @@ def normgrad(
         parts = [draw_after_step(*each) for each in batches(1, images, target)]
     else:
         parts = [draw(*each) for each in batches(batch_size, images, target)]
-    return Attribution(torch.cat(parts).to(images), layer=_join(layers))
+    return Attribution(torch.cat(parts).to(images), layer=_join(layers), detail=Detail(tuple(layers)))
 
 
 def share_identity_gradient(
@@ -222,4 +221,4 @@ def _read_weights(weights: str | Sequence[float] | None, count: int) -> Tensor |
 
 
 def _join(layers: Sequence[LayerMap]) -> str:
-    return ", ".join(name for name, _ in layers)
+    return ", ".join(each.name for each in layers)

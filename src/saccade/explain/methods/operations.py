@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saccade.explain.classifier import Classifier, batches
-from saccade.explain.methods.attribution import Attribution
+from saccade.explain.methods.attribution import Attribution, Detail
 
 if TYPE_CHECKING:
     from saccade.explain.relevance import On, Recipe, Relevance
@@ -32,10 +32,11 @@ def relevance(
         recipe: name of a recipe, or one made by a function of `saccade.explain.relevance.recipes`.
         rules: entries in front of the recipe's.
 
-    Returns: the maps, and as `error` their sums minus the logits, which is what biases and norms took.
+    Returns: the maps, as `error` their sums minus the logits, which is what biases and norms took, and the account of
+        that in `detail`.
     """
     whole = trace_images(classify, images, target, batch_size, recipe, rules)
-    return Attribution(whole.map.sum(1), whole.error)
+    return Attribution(whole.map.sum(1), whole.error, detail=Detail(account=whole))
 
 
 def trace_images(
@@ -50,9 +51,8 @@ def trace_images(
     from saccade.explain.relevance import merge
     from saccade.explain.relevance import relevance as trace
 
-    model = classify.model if classify.questions is None else classify
     found = [
-        trace(model, part, target=classes, recipe=recipe, rules=rules)
+        trace(classify.model, part, target=classes, recipe=recipe, rules=rules, output=classify.answers)
         for part, classes in batches(batch_size, images, target)
     ]
     return merge(found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from saccade.errors import InputError, check_choice
 from saccade.explain.attention import AttentionLayer, describe_layers, read_in_parts
 from saccade.explain.classifier import Classifier
-from saccade.explain.methods.attribution import Attribution, enlarge
+from saccade.explain.methods.attribution import Attribution, Detail, LayerMap, enlarge
 
 __all__ = ["attention_flow", "attention_rollout"]
 
@@ -140,7 +140,12 @@ def _map_parts(
         found = find([(layer.attention, layer.grid) for layer in layers])
         maps.append(enlarge(found, images.shape[-2:]).to(images))
     names = ", ".join(dict.fromkeys(layer.name for layer in layers))
-    return Attribution(torch.cat(maps), layer=names, inferred=describe_layers(layers))
+    return Attribution(torch.cat(maps), None, names, describe_layers(layers), Detail(tuple(map(_place, layers))))
+
+
+def _place(layer: AttentionLayer) -> LayerMap:
+    guessed = ("layer",) if layer.source == "taps" else ("layer", "grid", "prefix")
+    return LayerMap(layer.name, "NLC", layer.grid, layer.num_prefix, guessed)
 
 
 def _read_out(attention: Tensor, grid: tuple[int, int]) -> Tensor:
