@@ -93,8 +93,8 @@ def explain(
             frozen, and of a compiled one the original runs; modes, gradients and hooks are afterwards as they were.
         images: (B, 3, H, W), floats normalised as in training; other numbers of channels pass where the model takes
             them.
-        method: one of `list_methods()`, or one of `ALIASES` for short, such as "lrp". The default costs 50 gradient passes, needs no layer, and says by how much it
-            is wrong.
+        method: one of `list_methods()`, or one of `ALIASES` for short, such as "lrp". The default costs 50 gradient
+            passes, needs no layer, and says by how much it is wrong.
         target: class index, or (B,) of them; None explains the predicted classes. A group is a set of class indices, or
             (B, classes) booleans for one of its own an image.
         against: what the target is held against, in the same forms, without a class that is in `target`. None asks

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade.errors import InputError, WorkError
 
-__all__ = ["overlay", "save_overlay", "write_picture"]
+__all__ = ["colour_scale", "enlarge_pixels", "full_colour", "overlay", "save_overlay", "write_picture"]
 
 
 def overlay(image: Tensor, map: Tensor, *, signed: bool | None = None, percentile: float = 99.0) -> Tensor:
@@ -61,6 +61,26 @@ def write_picture(path: str | Path, picture: Tensor) -> Path:
     except OSError as error:
         raise WorkError(f"cannot write {path}: {error}. Choose a folder that can be written and has space") from error
     return path
+
+
+def colour_scale(*, signed: bool, width: int = 160, height: int = 12) -> Tensor:
+    """The colours of `overlay` over mid-grey, (3, height, width) uint8: from 0 to full colour, or from full colour
+    against to full colour for."""
+    ramp = torch.linspace(-1 if signed else 0, 1, width, dtype=torch.double).expand(height, width)
+    return overlay(torch.full((3, height, width), 128, dtype=torch.uint8), ramp, signed=signed, percentile=100.0)
+
+
+def full_colour(map: Tensor, *, signed: bool | None = None, percentile: float = 99.0) -> float:
+    """The absolute value from which `overlay` draws in full colour, in the map's unit."""
+    map = map.detach().cpu().double()
+    signed = bool((map < 0).any()) if signed is None else signed
+    return float(_scale((map if signed else map.clamp(min=0)).abs(), percentile))
+
+
+def enlarge_pixels(map: Tensor, least: int = 128) -> Tensor:
+    """Small maps or pictures (C, H, W) as larger ones with visible pixels, of at least `least` on the longer side."""
+    factor = -(-least // max(map.shape[-2:]))
+    return map.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _check(image: Tensor, map: Tensor, percentile: float) -> None:

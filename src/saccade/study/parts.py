@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from saccade.data import ImageData, normalize
 from saccade.explain import explain, faithfulness, save_overlay
+from saccade.explain.overlay import enlarge_pixels
 from saccade.measure import (
     count_bytes,
     count_flops,
@@ -74,12 +75,12 @@ def explain_part(model: nn.Module, data: ImageData, folder: Path, name: str, set
     gallery = []
     for row, index in enumerate(chosen):
         place = f"gallery/{name}/{row:02d}"
-        shown = _enlarged(pixels[row])
+        shown = enlarge_pixels(pixels[row])
         save_picture(folder / f"{place}_input.png", shown)
         overlays = {}
         for method in PICTURES:
             overlays[method] = f"{place}_{method}.png"
-            save_overlay(folder / overlays[method], shown, _enlarged(maps[method][row : row + 1])[0])
+            save_overlay(folder / overlays[method], shown, enlarge_pixels(maps[method][row : row + 1])[0])
         gallery.append(
             {
                 "image": f"{place}_input.png",
@@ -131,9 +132,3 @@ def scaling_sides(image_size: int) -> tuple[int, ...]:
     factors = (1, 1.5, 2, 3, 4) if image_size <= 96 else (1, 1.25, 1.5, 1.75, 2)
     least = 16 * -(-image_size // 16)
     return tuple(int(least * factor) for factor in factors)
-
-
-def _enlarged(map: Tensor, least: int = 128) -> Tensor:
-    """Small maps (C, H, W) as larger ones with visible pixels."""
-    factor = -(-least // max(map.shape[-2:]))
-    return map.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

@@ -4,25 +4,21 @@
 missing leave out what they would show, so that a study of which a part failed still gets its page.
 """
 
-import base64
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import WorkError
+from saccade.explain.pages.html import embed_picture, place_on_track, render, write_text
 from saccade.study.plots import Style, accuracy_against_cost, cost_against_side, mixer_styles, number_at, short
 
 __all__ = ["write_csv", "write_report"]
 
-_THUMBNAIL, _EMBED_BELOW = 224, 24_000  # pixels of the longer side; bytes of a file that goes in as it is
 # a measured interval, and the random order's beside it
 _ENDS = ("low", "value", "high", "random_low", "random", "random_high")
-_SMALL = 64  # pixels: below, a browser's smoothing would blur what the mixer saw
 _ROWS_SHOWN = 10  # of the gallery, before the others fold away
 
 
@@ -47,15 +43,8 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     Returns: the path of the page.
     Raises: WorkError if the page cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    loader = PackageLoader("saccade.study", "templates")
-    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters["tidy"] = lambda words: str(words).replace(" %", "\u00a0%")
-    env.filters["soft"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    page = env.get_template("report.html.j2").render(_page(results, Path(folder)))
-    return _write(Path(folder) / "report.html", page)
+    page = render("saccade.study", "report.html.j2", _page(results, Path(folder)))
+    return write_text(Path(folder) / "report.html", page)
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> Path:
@@ -71,20 +60,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> Path:
         for key in ("method", "verdict"):
             words[f"faithfulness.{key}"] = (mixer.get("faithfulness") or {}).get(key)
         writer.writerow([words[key] if key in words else number_at(mixer, key) for key in _CSV.values()])
-    return _write(Path(path), table.getvalue())
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write the whole file or none of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise WorkError(f"{path} could not be written ({reason}): make room there, or give another folder.") from error
-    return path
+    return write_text(Path(path), table.getvalue())
 
 
 def _page(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -180,8 +156,7 @@ def _track(
     own = [value for value in (number_at(mixer, f"{key}.{end}") for end in ends) if value is not None]
     if len(own) < len(ends):
         return None
-    least, span = min(known), (max(known) - min(known)) or 1.0
-    return [round(100 * (value - least) / span, 1) for value in own]
+    return place_on_track(own, known)
 
 
 def _faith(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -237,20 +212,10 @@ def _look(entry: Sequence[Mapping[str, Any]], method: str, folder: Path) -> dict
 
 def _picture(folder: Path, path: str | None) -> dict[str, Any] | None:
     """The file as a data URI, made smaller if it is large; None if it cannot be read."""
-    from PIL import Image
-
     try:
-        content = (folder / str(path)).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            kind, small = image.get_format_mimetype(), max(image.size) <= _SMALL
-            if len(content) > _EMBED_BELOW:
-                image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-                smaller = io.BytesIO()
-                image.convert("RGB").save(smaller, "JPEG", quality=85)
-                content, kind = smaller.getvalue(), "image/jpeg"
+        return embed_picture((folder / str(path)).read_bytes())
     except OSError:
         return None
-    return {"uri": f"data:{kind};base64,{base64.b64encode(content).decode()}", "small": small}
 
 
 def _range(key: str, show: Callable[[float], str], joint: str = " to ") -> Callable[[Mapping[str, Any]], str]:

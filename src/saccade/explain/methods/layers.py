@@ -90,9 +90,9 @@ def token_grid(tokens: int, image: Sequence[int], prefix: int | None = None) -> 
     for extra in range(_MOST_PREFIX + 1) if prefix is None else sorted({prefix, 0}, reverse=True):
         rows = math.isqrt(max(0, tokens - extra) * height // width)
         columns = rows * width // height
-        if rows * columns == tokens - extra and rows * width == columns * height and rows * columns > 1:
-            if height % rows == 0 or prefix is not None:
-                return rows, columns, extra
+        covers = rows * columns == tokens - extra > 1 and rows * width == columns * height
+        if covers and (prefix is not None or height % rows == 0):
+            return rows, columns, extra
     return None
 
 

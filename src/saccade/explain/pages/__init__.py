@@ -1,0 +1,9 @@
+"""What `saccade explain` shows: photos under several methods on one page, with what speaks for and against believing it.
+
+`examine` explains and tests, `write_page` draws what it found; pages of other commands are built on the same template.
+"""
+
+from saccade.explain.pages.examine import Effort, examine
+from saccade.explain.pages.page import write_page
+
+__all__ = ["Effort", "examine", "write_page"]
