@@ -123,11 +123,13 @@ def evaluating(model: nn.Module, *, grad: bool, output: Output | None = None) ->
     if output is not None and not callable(output):
         raise InputError(f"output is {output!r}: give a function from what the model returns to its logits")
     modes = [(module, module.training) for module in model.modules()]
-    eager = torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.modules())) else nullcontext()
+    original = getattr(model, "_orig_mod", model)
+    compiled = any(map(_is_compiled, original.modules()))  # parts of it; asked first, since it imports the compiler
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     model.eval()
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(grad), eager:
-            yield Classifier(getattr(model, "_orig_mod", model), output=output)
+            yield Classifier(original, output=output)
     finally:
         for module, training in modes:
             module.training = training

@@ -16,7 +16,7 @@ from saccade.explain.classifier import evaluating
 from saccade.explain.faithfulness import compare_faithfulness
 from saccade.explain.overlay import enlarge_pixels, full_colour, save_overlay, write_picture
 from saccade.explain.sanity import parameter_randomization
-from saccade.explain.verbalization import AREAS, verbalize_map
+from saccade.explain.verbalization import AREAS, Wording, verbalize_map
 
 __all__ = ["Effort", "Progress", "examine"]
 
@@ -24,7 +24,6 @@ DEFAULTS = ("integrated_gradients", "relevance", "attention_rollout", "normgrad"
 """Methods where none is named: two that share the logit out over pixels, two that read layers; none needs a name."""
 _TOP = 5  # classes named
 _BLIND = ("attention_rollout", "random")  # know no class, so cannot tell one from another
-_WORDING = AREAS._replace(decimals=0)
 
 
 class Progress(Protocol):
@@ -55,8 +54,8 @@ class Effort:
 
     @classmethod
     def for_size(cls, side: int) -> "Effort":
-        """For images of `side` pixels: from 129 on a coarser curve, so that a full network ends in two minutes."""
-        return cls() if side <= 128 else cls(steps=6, repeats=20, options={"integrated_gradients": {"steps": 20}})
+        """For images of `side` pixels: from 129 on a coarser curve, so that a full network ends in minutes on a CPU."""
+        return cls() if side <= 128 else cls(steps=4, repeats=20, options={"integrated_gradients": {"steps": 10}})
 
 
 def examine(
@@ -136,7 +135,9 @@ def examine(
         "methods": about,
         "left_out": left_out,
         "images": [
-            _picture(folder, i, names[i], pixels[i], probability[i], int(explained[i]), classes, rows[i], found, contrasts)
+            _picture(
+                folder, i, names[i], pixels[i], probability[i], int(explained[i]), classes, rows[i], found, contrasts
+            )
             for i in range(len(images))
         ],
         "seconds": time.perf_counter() - start,
@@ -225,8 +226,8 @@ def _contrast(
     effort: Effort,
 ) -> Explanation | None:
     """Why the explained class and not the other, by the first method that knows classes and has a sign."""
-    able = sorted((m for m in found if m not in _BLIND), key=lambda m: not bool((found[m].map < 0).any()))
-    if not able or not others.isfinite().all() or len(others) == 0:
+    able = [method for method in found if method not in _BLIND and bool((found[method].map < 0).any())]
+    if not able or bool((others == explained).any()):  # of a single class
         return None
     method = "relevance" if "relevance" in able else able[0]
     rivals: Tensor | int = others if against is None else against
@@ -258,7 +259,8 @@ def _picture(
     maps = {}
     for method, each in found.items():
         drawn = draw(method, each.map[i], bool((each.map < 0).any()))
-        maps[method] = {**drawn, **tested[method], "sentence": verbalize_map(each.map[i], wording=_WORDING).text}
+        wording = _wording(classes[explained] if drawn["signed"] else None)
+        maps[method] = {**drawn, **tested[method], "sentence": verbalize_map(each.map[i], wording=wording).text}
     top = probability.topk(min(_TOP, len(classes)))
     row: dict[str, Any] = {
         "image": name,
@@ -289,8 +291,16 @@ def _picture(
 
 def _where(map: Tensor) -> str:
     """Names of the parts that stand out, or ""."""
-    spans = verbalize_map(map, wording=_WORDING).spans
+    spans = verbalize_map(map).spans
     return "; ".join(f"{', '.join(span.names)} ({span.percent:.0f} %)" for span in spans)
+
+
+def _wording(spoken_for: str | None) -> Wording:
+    """What a map says of itself; whether that is so is another sentence's matter."""
+    whole = "of the map" if spoken_for is None else f"of what speaks for “{spoken_for}”"
+    whole = whole.replace("{", "{{").replace("}", "}}")  # a class may have any name
+    first, further = "It marks above all: {quote}, with {percent} % " + whole + ".", "Then: {quote}, with {percent} %."
+    return AREAS._replace(first=first, further=further, nothing="It marks no area above others.", decimals=0)
 
 
 def _version() -> str:

@@ -14,7 +14,11 @@ __all__ = ["judge", "write_page"]
 
 _MEASURES = {
     "deletion": ("Deletion", "lower is better", "the probability that is left while what is marked is hidden first"),
-    "insertion": ("Insertion", "higher is better", "the probability that is reached while what is marked is shown first"),
+    "insertion": (
+        "Insertion",
+        "higher is better",
+        "the probability that is reached while what is marked is shown first",
+    ),
     "abpc": ("ABPC", "higher is better", "insertion less deletion: 0 is a map that knows nothing"),
 }
 _ENDS = ("low", "value", "high")
@@ -225,7 +229,9 @@ def _tests(images: Sequence[Mapping[str, Any]], methods: Mapping[str, Any]) -> l
                         f"{_number(score['difference_high'])}",
                     }
                 )
-            rows.append({"image": Path(image["image"]).name, "method": name, "cells": cells, **judge(each, methods[name])})
+            rows.append(
+                {"image": Path(image["image"]).name, "method": name, "cells": cells, **judge(each, methods[name])}
+            )
     return rows
 
 
