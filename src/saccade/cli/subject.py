@@ -1,4 +1,4 @@
-"""The network that a command explains: a checkpoint, a network of ours or one of timm's, and what its images look like."""
+"""The network that a command explains: a checkpoint, a network of ours or of timm's, and what its images look like."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

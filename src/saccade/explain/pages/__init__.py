@@ -1,4 +1,4 @@
-"""What `saccade explain` shows: photos under several methods on one page, with what speaks for and against believing it.
+"""What `saccade explain` shows: photos under several methods on one page, and whether to believe what is seen there.
 
 `examine` explains and tests, `write_page` draws what it found; pages of other commands are built on the same template.
 """
