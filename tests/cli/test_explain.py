@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html import unescape
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_method_that_was_asked_for_and_cannot_be_used_is_exit_1(photo, checkpo
     printed = capsys.readouterr()
     assert "normgrad is left out: it has no layers\n" in printed.err
     assert [row["method"] for row in json.loads(printed.out)] == ["gradient"]
-    monkeypatch.setattr("saccade.explain.pages.examine.DEFAULTS", ("gradient", "normgrad"))
+    monkeypatch.setattr(sys.modules["saccade.explain.pages.examine"], "DEFAULTS", ("gradient", "normgrad"))
     assert main(call) == 0
     assert "normgrad is left out" in capsys.readouterr().err
 
@@ -107,7 +108,7 @@ def test_models_weights_and_names_that_do_not_fit(options, message, photo, check
 
 
 def test_timm_that_is_not_there(photo, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["explain", photo, "--model", "timm/resnet18"]) == 2
     err = capsys.readouterr().err
     assert "model is 'timm/resnet18' and timm cannot be imported" in err

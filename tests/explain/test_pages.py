@@ -108,7 +108,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
     assert [each["method"] for each in found["left_out"]] == ["attention_rollout"]
     assert "attention_rollout could not be used. ConvNet shows no attention" in Page(html).text
     assert found["images"][0]["contrast"] is None  # no map with a sign
-    with pytest.raises(InputError, match="no method serves this model. attention_rollout: ConvNet shows no attention"):
+    with pytest.raises(InputError, match=r"no method serves this model\. attention_rollout: ConvNet shows no att"):
         make(tmp_path, methods=("rollout",))
 
 
@@ -148,10 +148,18 @@ def test_wrong_calls(tmp_path):
 )
 def test_verdicts_in_plain_words(order, weights, tag, good):
     sanity = weights and {"verdict": weights, "value": 0.83}
-    said = judge({"verdict": order}, {"sanity": sanity, "sanity_failed": "NaN"})
+    said = judge({"verdict": order, "abpc": {"difference": 0.2}}, {"sanity": sanity, "sanity_failed": "NaN"})
     assert (said["tag"], said["good"]) == (tag, good)
     if weights == "shuffled weights give the same map":
         assert said["weights"] == "Shuffled weights give the same map (similarity 0.83): do not trust it."
+
+
+def test_a_gain_that_is_certain_and_tiny_is_none():
+    about = {"sanity": {"verdict": "follows the weights", "value": 0.0}}
+    for order in ("better than random", "worse than random"):
+        said = judge({"verdict": order, "abpc": {"difference": 0.004}}, about)
+        assert said["tag"] == "no better than chance"
+        assert "by less than 0.01" in said["order"]
 
 
 def test_scales_show_the_colours_of_overlays():
