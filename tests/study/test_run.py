@@ -106,6 +106,8 @@ def test_everything_is_there_and_fits_together(finished):
         assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
         assert row["scaling"]["sides"] == [16, 24, 32, 48, 64]
         assert len(row["gallery"]) == results["data"]["val"] == 4
+        assert row["faithfulness"]["others"].keys() == {"attention_rollout", "relevance"}
+        assert row["faithfulness"]["others"]["relevance"]["verdict"] in page
         for entry in row["gallery"]:
             assert entry["label"] in PHOTOS
             for picture in (entry["image"], *entry["overlays"].values()):
@@ -160,11 +162,11 @@ def test_explain_takes_the_checkpoint(finished, tmp_path, capsys):
     call = ["explain", str(image), "--model", str(checkpoint), "--out", str(tmp_path / "Karten"), "--target", "草"]
     assert main([*call, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in rows] == ["integrated_gradients", "attention_rollout"]
+    assert [row["method"] for row in rows] == ["integrated_gradients", "relevance", "attention_rollout", "normgrad"]
     for row in rows:
         assert row["explained"] == "草"
         assert row["predicted"] in PHOTOS
-        assert size_of(row["overlay"]) == (16, 16)
+        assert size_of(row["overlay"]) == (128, 128)  # pixels enlarged, to be seen
         assert row["abpc"]["low"] <= row["abpc"]["value"] <= row["abpc"]["high"]
     assert main(call) == 0
     printed = capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.data import ImageData, normalize
-from saccade.explain import explain, faithfulness, save_overlay
+from saccade.explain import explain, save_overlay
+from saccade.explain.faithfulness import compare_faithfulness
 from saccade.explain.overlay import enlarge_pixels
 from saccade.measure import (
     count_bytes,
@@ -23,8 +24,8 @@ from saccade.training.checkpoint import make_folder, write_whole
 
 __all__ = ["explain_part", "measure_part", "scaling_sides"]
 
-FAITHFUL = "integrated_gradients"  # the method whose faithfulness is measured: it needs no layer, and states its error
-PICTURES = ("attention_rollout", FAITHFUL)
+FAITHFUL = "integrated_gradients"  # the method by which mixers are compared: it needs no layer, and states its error
+PICTURES = ("attention_rollout", FAITHFUL, "relevance")
 
 
 def measure_part(model: nn.Module, image_size: int, batch_size: int) -> dict[str, Any]:
@@ -117,9 +118,16 @@ def save_picture(path: Path, pixels: Tensor) -> None:
 def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, Any]:
     chosen = spread_over_classes(data.val.labels, count)
     images = normalize(torch.stack([data.val[i][0] for i in chosen]), data.mean, data.std)
-    found = faithfulness(model, images, explain(model, images, method=FAITHFUL, steps=20), steps=10)
-    scores = {name: vars(getattr(found, name)) for name in ("deletion", "insertion", "abpc")}
-    return {"method": FAITHFUL, "images": len(chosen), **scores, "verdict": found.verdict}
+    options = {FAITHFUL: {"steps": 20}}
+    maps = {method: explain(model, images, method=method, **options.get(method, {})) for method in PICTURES}
+    found = compare_faithfulness(model, images, maps, steps=10)
+    scores = {name: vars(getattr(found[FAITHFUL], name)) for name in ("deletion", "insertion", "abpc")}
+    others = {
+        method: {"abpc": vars(found[method].abpc), "verdict": found[method].verdict}
+        for method in PICTURES
+        if method != FAITHFUL
+    }
+    return {"method": FAITHFUL, "images": len(chosen), **scores, "verdict": found[FAITHFUL].verdict, "others": others}
 
 
 def scaling_sides(image_size: int) -> tuple[int, ...]:

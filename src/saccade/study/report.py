@@ -80,7 +80,7 @@ def _page(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if mixer.get("status") != "done"
     ]
     gallery = _gallery(done, folder)
-    tested = sorted({mixer["faithfulness"]["method"] for mixer in done if mixer.get("faithfulness")})
+    tested = sorted({method for mixer in done for method in _verdicts(mixer)})
     return {
         "data": {"name": "", "classes": [], "skipped": []} | data,
         "verdict": verdict,
@@ -178,6 +178,13 @@ def _faith(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _verdicts(mixer: Mapping[str, Any]) -> dict[str, str]:
+    """Whether the mixer's pictures are better than random order, for each method that was tested."""
+    figures = mixer.get("faithfulness") or {}
+    own = {figures["method"]: figures.get("verdict", "")} if "method" in figures else {}
+    return own | {method: each["verdict"] for method, each in figures.get("others", {}).items()}
+
+
 def _gallery(done: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """For each method the pictures as rows of images by columns of mixers."""
     shown = [mixer for mixer in done if mixer.get("gallery")]
@@ -192,7 +199,9 @@ def _gallery(done: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, 
             cells = [_look(mixer["gallery"][i : i + 1], method, folder) for mixer in shown]
             rows.append({"picture": first[i], "label": entry.get("label", "?"), "cells": cells})
         parts = [part for part in (rows[:_ROWS_SHOWN], rows[_ROWS_SHOWN:]) if part]
-        galleries.append({"name": method, "mixers": [mixer["name"] for mixer in shown], "parts": parts})
+        verdicts = [_verdicts(mixer).get(method, "") for mixer in shown]
+        names = [mixer["name"] for mixer in shown]
+        galleries.append({"name": method, "mixers": names, "verdicts": verdicts, "parts": parts})
     return galleries
 
 
