@@ -26,7 +26,13 @@ def make(folder, model=None, batch=1, model_row=MODEL, **options):
         ConvNet() if model is None else model, pixels, images(batch), folder,
         names=names, classes=CLASSES, effort=EFFORT, **options
     )  # fmt: skip
-    found |= {"model": model_row, "command": "saccade explain x", "code": "import saccade", "created": "today"}
+    found |= {
+        "model": model_row,
+        "command": "saccade explain x",
+        "code": "import saccade",
+        "created": "today",
+        "versions": {"torch": "2"},
+    }
     return found, write_page(found, folder).read_text(encoding="utf-8")
 
 

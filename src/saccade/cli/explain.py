@@ -58,12 +58,14 @@ def arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
+    import platform
     import sys
     from datetime import UTC, datetime
     from pathlib import Path
 
     import torch
 
+    import saccade
     from saccade.cli.subject import open_subject
     from saccade.data import normalize, read_image
     from saccade.explain.attribute import read_method
@@ -102,6 +104,7 @@ def run(args: Any) -> int:
         "command": args.command,
         "code": _code(subject, args.images, results, effort),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"saccade": saccade.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "model": {
             "name": subject.name,
             "weights": subject.weights,

@@ -18,6 +18,7 @@ __all__ = ["ALIASES", "Explanation", "explain", "list_methods", "read_method"]
 
 _METHODS = {name: getattr(methods, name) for name in methods.__all__}
 ALIASES = {
+    "flow": "attention_flow",
     "gradcam": "grad_cam",
     "ig": "integrated_gradients",
     "lrp": "relevance",

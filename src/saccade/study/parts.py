@@ -118,7 +118,7 @@ def save_picture(path: Path, pixels: Tensor) -> None:
 def _faithfulness(model: nn.Module, data: ImageData, count: int) -> dict[str, Any]:
     chosen = spread_over_classes(data.val.labels, count)
     images = normalize(torch.stack([data.val[i][0] for i in chosen]), data.mean, data.std)
-    options = {FAITHFUL: {"steps": 20}}
+    options: dict[str, dict[str, Any]] = {FAITHFUL: {"steps": 20}}
     maps = {method: explain(model, images, method=method, **options.get(method, {})) for method in PICTURES}
     found = compare_faithfulness(model, images, maps, steps=10)
     scores = {name: vars(getattr(found[FAITHFUL], name)) for name in ("deletion", "insertion", "abpc")}

@@ -45,8 +45,8 @@ class Detail:
 
 
 class Attribution(NamedTuple):
-    """`map` (B, H, W); `error` (B,) in logits, the `layer` read and what was `inferred` of the model, and more in `detail`,
-    where the method has them."""
+    """`map` (B, H, W); `error` (B,) in logits, the `layer` read, what was `inferred` of the model and more in
+    `detail`, where the method has them."""
 
     map: Tensor
     error: Tensor | None = None

@@ -1,6 +1,5 @@
 """Photos explained by several methods, and each map tested: everything that the page shows, as plain values."""
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ __all__ = ["Effort", "Progress", "examine"]
 DEFAULTS = ("integrated_gradients", "relevance", "attention_rollout", "normgrad")
 """Methods where none is named: two that share the logit out over pixels, two that read layers; none needs a name."""
 _TOP = 5  # classes named
-_BLIND = ("attention_rollout", "random")  # know no class, so cannot tell one from another
+_BLIND = ("attention_flow", "attention_rollout", "random")  # know no class, so cannot tell one from another
 
 
 class Progress(Protocol):
@@ -129,7 +128,6 @@ def examine(
     contrasts = _contrast(model, images, explained, others, against, found, effort)
     told.advance(1)
     return {
-        "versions": {"saccade": _version(), "torch": torch.__version__, "python": platform.python_version()},
         "settings": {"steps": effort.steps, "repeats": effort.repeats},
         "device": str(images.device),
         "methods": about,
@@ -301,12 +299,6 @@ def _wording(spoken_for: str | None) -> Wording:
     whole = whole.replace("{", "{{").replace("}", "}}")  # a class may have any name
     first, further = "It marks above all: {quote}, with {percent} % " + whole + ".", "Then: {quote}, with {percent} %."
     return AREAS._replace(first=first, further=further, nothing="It marks no area above others.", decimals=0)
-
-
-def _version() -> str:
-    from saccade import __version__
-
-    return __version__
 
 
 class _Silent:

@@ -39,8 +39,8 @@ def write_page(results: Mapping[str, Any], folder: Path) -> Path:
     """Write explanations.html, a page that needs no other file and no network.
 
     Args:
-        results: what `examine` returned, with `command`, `code` (Python that makes the maps again), `created`, and
-            `model`: name, weights (in words), trained, params, image_size.
+        results: what `examine` returned, with `command`, `code` (Python that makes the maps again), `created`,
+            `versions`, and `model`: name, weights (in words), trained, params, image_size.
         folder: that of the pictures.
 
     Returns: the path of the page.
