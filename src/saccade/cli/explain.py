@@ -121,7 +121,7 @@ def run(args: Any) -> int:
         emit(json.dumps(rows, indent=1))
     else:
         _print_table(rows)
-        emit(f"\nPage: {page}")
+        emit(f"\nPage: {page}, with the pictures beside it")
     return 1 if methods and results["left_out"] else 0
 
 
@@ -190,7 +190,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             seen += f", explained: {row['explained']}"
         abpc = f"{row['abpc']['value']:.2f} ({row['abpc']['random']:.2f})"
         sanity = row["sanity"]["verdict"] if row["sanity"] else "not tested"
-        return [row["image"], seen, row["method"], abpc, row["verdict"], sanity, row["overlay"]]
+        return [row["image"], seen, row["method"], abpc, row["verdict"], sanity]
 
-    columns = ("image", "class", "method", "ABPC (random)", "the map is", "and", "picture")
+    columns = ("image", "class", "method", "ABPC (random)", "the map is", "and")
     emit_table("Where the network looks", columns, map(cells, rows))
