@@ -121,6 +121,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
 def test_by_default_methods_name_themselves(tmp_path):
     found, _ = make(tmp_path)
     assert set(found["methods"]) == {"integrated_gradients", "relevance", "normgrad"}
+    (row,) = found["images"]
+    assert [row["label"], row["contrast"]["label"]] == [each["label"] for each in row["top"][:2]]
 
 
 def test_random_weights_are_named(tmp_path):
