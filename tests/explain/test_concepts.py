@@ -1,5 +1,6 @@
 """Concepts: where a model is cut, extraction, importance of codes, their measures, strategies."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -404,6 +405,10 @@ def test_importance_is_that_of_the_models_own_gradient():
 def test_tokens_have_places_where_they_form_a_grid():
     found = explain_concepts(Tokens(), images(2, 3, 12, 8), layer="block", num_concepts=2, importance="occlusion")
     assert found.map(0).shape == (2, 12, 8)
+    with_class = replace(found, codes=torch.cat([9 + found.codes[:, :1], found.codes], 1))
+    assert_close(with_class.map(0), found.map(0))  # a class token has no place
+    with pytest.raises(InputError, match="23 tokens fit no grid in the proportions of a 12 x 8 image"):
+        replace(found, codes=torch.randn(2, 23, 2)).map(0)
     other = explain_concepts(Tokens(), images(2, 3, 12, 8), layer="head", method="pca", num_concepts=2)
     with pytest.raises(InputError, match="nowhere in particular"):
         other.map(0)

@@ -21,7 +21,6 @@ from saccade.claims.framework.convnet import train_convnet
 from saccade.claims.framework.experiment import load_digits
 from saccade.errors import InputError
 from saccade.explain.concepts import (
-    Answer,
     ConceptExplanation,
     Extraction,
     LinearBank,
@@ -33,6 +32,7 @@ from saccade.explain.concepts import (
     measure_extraction,
     score_importance,
 )
+from saccade.explain.concepts.importance import Answer
 
 PAPER = Paper(
     title="A Holistic Approach to Unifying Automatic Concept Extraction and Concept Importance Estimation",

@@ -2,9 +2,11 @@
 
 `explain` makes a map with any of `list_methods()`, `faithfulness` holds it against random order, `overlay` draws it.
 The package itself can be called as `explain`, because `saccade.explain` names both. Inside are `relevance` on
-operations and `dictionaries` of concepts.
+operations, `concepts` and `dictionaries` of them, `heads` of attention, `merging` of features, `testing` of a
+classifier, `visualization` of units, and the `pages` of `saccade explain`.
 """
 
+import inspect
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -70,7 +72,9 @@ class _CallablePackage(ModuleType):
     """An import of this package puts the package, not the function, at `saccade.explain`: both can be called there."""
 
     __call__ = staticmethod(explain)
+    __signature__ = inspect.signature(explain)  # of a module inspect would leave out the first argument
 
 
-import_module(f"{__name__}.dictionaries")  # after an import statement mypy would see `faithfulness` twice
+for _inside in ("concepts", "dictionaries", "heads", "merging", "pages", "relevance", "testing", "visualization"):
+    import_module(f"{__name__}.{_inside}")  # after an import statement mypy would see `faithfulness` twice
 sys.modules[__name__].__class__ = _CallablePackage

@@ -8,7 +8,7 @@ from saccade.explain.concepts.bank import ConceptBank, LinearBank, extract_conce
 from saccade.explain.concepts.cut import Cut, crop, find_cut
 from saccade.explain.concepts.designs import halton_design, hsic_indices, sobol_indices
 from saccade.explain.concepts.explanation import ConceptExplanation, explain_concepts
-from saccade.explain.concepts.importance import Answer, code_importance, list_importances
+from saccade.explain.concepts.importance import code_importance, list_importances
 from saccade.explain.concepts.measures import (
     Extraction,
     atom_distance,
@@ -25,7 +25,6 @@ from saccade.explain.concepts.scores import (
 from saccade.explain.concepts.strategies import Strategies, draw_strategies, find_strategies
 
 __all__ = [
-    "Answer",
     "ConceptBank",
     "ConceptExplanation",
     "ConceptFaithfulness",

@@ -1,6 +1,5 @@
 """A model cut at one layer: what the layer gives, and the rest of the model as a function of it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,7 +73,8 @@ def find_cut(classify: Classifier, image: Tensor, layer: str | None = None, layo
     """
     axis = None
     if layer is None:
-        ((layer, axis),) = find_maps(classify, image, None, layout)
+        (found,) = find_maps(classify, image, None, layout)
+        layer, axis = found.name, found.axis
     else:
         check_choice("layer", layer, dict(classify.model.named_modules()))
     seen: dict[str, torch.Size] = {}
@@ -109,21 +109,6 @@ def crop(images: Tensor, patch: int, *, overlap: float = 0.2) -> Tensor:
     return interpolate(squares, size=size, mode="bilinear", align_corners=False)
 
 
-def grid_of(positions: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tokens in an image's proportions.
-
-    Raises: InputError if no grid has that many, as where class or register tokens stand among them.
-    """
-    height, width = size
-    rows = round(math.sqrt(positions * height / width))
-    if rows and positions % rows == 0 and rows * width == (positions // rows) * height:
-        return rows, positions // rows
-    raise InputError(
-        f"{positions} tokens are no grid in the proportions of a {height} x {width} image: a map needs a layer whose "
-        "output is one"
-    )
-
-
 def _find_axis(classify: Classifier, image: Tensor, layer: str, layout: str | None, shape: torch.Size) -> int:
     if not shape or shape[0] != len(image) or len(shape) not in (2, 3, 4):
         raise InputError(
@@ -131,5 +116,5 @@ def _find_axis(classify: Classifier, image: Tensor, layer: str, layout: str | No
         )
     if len(shape) != 4 or shape[2:] == (1, 1):
         return 1 if len(shape) != 3 else 2
-    ((_, axis),) = find_maps(classify, image, [layer], layout)
-    return axis
+    (found,) = find_maps(classify, image, [layer], layout)
+    return found.axis

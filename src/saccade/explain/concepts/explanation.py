@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from saccade.errors import InputError
 from saccade.explain.classifier import Classifier, check_images, check_whole, evaluating
 from saccade.explain.concepts.bank import ConceptBank, extract_concepts
-from saccade.explain.concepts.cut import Cut, crop, find_cut, grid_of
+from saccade.explain.concepts.cut import Cut, crop, find_cut
 from saccade.explain.concepts.importance import Answer, code_importance
 from saccade.explain.concepts.measures import relative_error
 from saccade.explain.dictionaries import num_active
 from saccade.explain.methods.attribution import enlarge
+from saccade.explain.methods.layers import token_grid
 from saccade.explain.question import Classes, Question, read_question
 
 __all__ = ["ConceptExplanation", "code_answer", "explain_concepts"]
@@ -76,7 +77,14 @@ class ConceptExplanation:
         if codes.ndim == 1:
             raise InputError(f"layer {self.layer!r} gives one vector an image: its concepts are nowhere in particular")
         if codes.ndim == 2:
-            codes = codes.unflatten(1, grid_of(codes.shape[1], self.size))
+            grid = token_grid(codes.shape[1], self.size)
+            if grid is None:
+                raise InputError(
+                    f"{codes.shape[1]} tokens fit no grid in the proportions of a {self.size[0]} x {self.size[1]} "
+                    "image: a map needs a layer whose output is one"
+                )
+            rows, columns, prefix = grid
+            codes = codes[:, prefix:].unflatten(1, (rows, columns))
         return enlarge(codes, self.size)
 
     def prototypes(self, concept: int, count: int = 5) -> list[int]:

@@ -29,6 +29,11 @@ class LayerMap(NamedTuple):
     prefix: int = 0
     inferred: tuple[str, ...] = ()
 
+    @property
+    def axis(self) -> int:
+        """Of the channels."""
+        return self.layout.index("C")
+
 
 @dataclass(frozen=True)
 class Detail:
