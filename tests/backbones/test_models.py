@@ -6,7 +6,7 @@ Families are tried in their small version, `*_test`; published ones are counted 
 import json
 import re
 from collections import defaultdict
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import saccade
-from saccade.backbones import describe_model
+from saccade.backbones import Backbone, FeatureInfo, describe_model
 from saccade.backbones.residual import DropPath, drop_path_rates
 from saccade.backbones.weights import fit_weights
 from saccade.errors import InputError
@@ -241,6 +241,37 @@ def test_groups_for_layer_wise_rates_cover_the_trunk_in_its_order(name, coarse):
     assert order == sorted(order)
     depth = max(2, len(model.feature_info)) if coarse else len([m for m in model.modules() if isinstance(m, DropPath)])
     assert len(groups) >= depth
+
+
+class Stemless(Backbone):
+    """Two stages and nothing before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 2, 2)) for _ in range(2))
+        self.num_features, self.first_conv = 3, "stages.0.0"
+        self.feature_info = FeatureInfo.of_stages((3, 3), reduction=2)
+        self.reset_classifier(5)
+
+    def run_stages(self, images):
+        return list(accumulate(self.stages, lambda x, stage: stage(x), initial=images))[1:]
+
+
+def test_groups_of_a_network_without_a_stem_are_its_blocks_and_the_head():
+    model = Stemless()
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    assert [{name.rpartition(".")[0] for name in group} for group in grouped(model, coarse=False)] == [
+        {"stages.0.0"},
+        {"stages.0.1"},
+        {"stages.1.0"},
+        {"stages.1.1"},
+        {"head"},
+    ]
+    assert [{name.rpartition(".")[0] for name in group} for group in grouped(model, coarse=True)] == [
+        {"stages.0.0", "stages.0.1"},
+        {"stages.1.0", "stages.1.1"},
+        {"head"},
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL)

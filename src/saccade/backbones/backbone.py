@@ -177,6 +177,8 @@ class Backbone(nn.Module, ABC):
 
         Args:
             coarse: a group for each stage, rather than for each block.
+
+        Returns: "stem", where something stands before the stages, and "blocks".
         """
         bodies = {name.split(".")[0] for name in self.feature_info.module_name() if "." in name}
         children = [name for name, _ in self.named_children()]
@@ -192,7 +194,7 @@ class Backbone(nn.Module, ABC):
             if after:
                 blocks.insert(0, (rf"^{body}\.(\d+)\.{_one_of(sorted(after))}\.", _WITH_THE_GROUP_BEFORE))
         blocks += [(rf"^{_one_of(last)}\b", _WITH_THE_GROUP_BEFORE)] if last else []
-        return {"stem": rf"^{_one_of(stem)}\b", "blocks": blocks}
+        return ({"stem": rf"^{_one_of(stem)}\b"} if stem else {}) | {"blocks": blocks}
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *args: Any) -> Tensor:
         """Run blocks one after the other, recomputing them in the backward pass where that was asked for."""
