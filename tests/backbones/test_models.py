@@ -5,6 +5,7 @@ Families are tried in their small version, `*_test`; published ones are counted 
 
 import json
 import re
+import time
 from collections import defaultdict
 from itertools import accumulate, chain
 from pathlib import Path
@@ -18,8 +19,10 @@ import saccade
 from saccade.backbones import Backbone, FeatureInfo, describe_model
 from saccade.backbones.residual import DropPath, drop_path_rates
 from saccade.backbones.weights import fit_weights
+from saccade.data import load_images
 from saccade.errors import InputError
 from saccade.mixers import NeighborhoodAttention
+from saccade.training import TrainSettings, fit
 from tests.contract.exceptions import TAUGHT_APART
 from tests.recorded.networks import recorded_networks
 
@@ -363,6 +366,16 @@ def test_onnx_gives_the_same_unless_it_says_why_not(name, tmp_path):
             run()
     else:
         assert_close(run(), model(images).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_learns_digits_through_the_code_that_trains(tmp_path):
+    data, options = load_images("digits", image_size=32), {"model": "biformer_test", "options": {}}
+    model = build("biformer_test", num_classes=10)
+    settings = TrainSettings(epochs=12, batch_size=64, learning_rate=3e-3, accelerator="cpu", augment="light", seed=0)
+    start = time.process_time()  # 90 s on two cores, whoever else is on them
+    assert fit(model, data, settings, tmp_path, config=options).accuracy > 0.97
+    assert time.process_time() - start < 180
 
 
 NETWORKS = recorded_networks()

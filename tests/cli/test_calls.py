@@ -104,6 +104,10 @@ WRONG = {
             "WindowAttention has no option 'windowsize': did you mean window_size or num_windows?",
         ),
         ("--backbone study_xxx", "backbone is 'study_xxx': did you mean study_xxs"),
+        ("--backbone convit_test,study_xxx", "backbone is 'study_xxx': did you mean study_xxs"),
+        ("--backbone ,", "backbone is ',': choose one of agent"),
+        ("--backbone convit_test,convit_test", "backbone is convit_test,convit_test: one is named twice"),
+        ("--backbone study_xs,study_xxs", "study_xs and study_xxs take a mixer each, and mixers are compared in one"),
         ("--epochs 0", "epochs is 0: give a whole number of at least 1"),
         ("--seeds 0", "seeds is 0: give a whole number of at least 1"),
         ("--batch-size 0", "batch_size is 0: give a whole number of at least 1"),
@@ -130,6 +134,18 @@ WRONG = {
 def test_options_that_cannot_be_served(command, options, message, complaint, photos):
     name, _, value = options.partition(" ")
     assert message in complaint(command, photos, name, value.strip("'"), *("--image-size", 32) * (name[2] != "i"))
+
+
+def test_networks_that_the_images_or_mixers_do_not_fit(complaint, photos):
+    message = complaint("study", photos, "--backbone", "moat_test,agent_pvt_test", "--image-size", 16)
+    assert "agent_pvt_test at 16 pixels: images is (1, 3, 16, 16): give 32 x 32 pixels at least" in message
+    for call in (
+        ("study", "--backbone", "moat_test", "--mixers", "window,grid"),
+        ("train", "--mixer=window", "--model=moat_test"),
+    ):
+        message = complaint(call[0], photos, *call[1:])
+        assert "mixer is 'window', but moat_test has mixers of its own: leave the mixer out, or take a" in message
+        assert "network into which one is put: study_s, study_xs, study_xxs" in message
 
 
 @pytest.mark.parametrize(

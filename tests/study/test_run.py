@@ -20,9 +20,10 @@ from PIL import Image
 import saccade
 from saccade.cli import main
 from saccade.data import load_images
-from saccade.errors import DivergedError
+from saccade.errors import DivergedError, InputError
 from saccade.measure import count_parameters
-from saccade.study.parts import scaling_sides
+from saccade.study import StudySettings
+from saccade.study.parts import measure_part, scaling_sides
 from saccade.study.runs import Run
 from saccade.training import evaluate
 from tests.study.jpegs import BROKEN, PHOTOS, write_photos
@@ -154,6 +155,51 @@ def test_checkpoint_is_the_network_that_was_measured(finished, number):
     found = evaluate(model, data.val, mean=data.mean, std=data.std)
     assert found.correct.double().mean().item() == row["accuracy"]["value"]
     assert count_parameters(model) == row["params"]
+
+
+@pytest.mark.usefixtures("one_core")
+def test_networks_with_mixers_of_their_own_are_compared(finished, tmp_path, capsys):
+    networks, folder = ["convit_test", "sparsifiner_test"], tmp_path / "networks"
+    call = ["study", str(finished.photos), "--seeds", "1", "--out", str(folder), *OPTIONS]
+    assert main([*call, "--backbone", "convit_test,sparsifiner_test"]) == 0
+    printed = capsys.readouterr().out
+    assert "network" in printed
+    assert all(name in printed for name in networks)
+    assert main([*call, "--backbone", "convit_test,study_xxs,sparsifiner_test", "--mixers", "pooling"]) == 2
+    assert "backbone was None and is 'study_xxs'" in capsys.readouterr().err
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["compares"], results["settings"]["mixers"]) == ("network", [])
+    assert [row["backbone"] for row in results["mixers"]] == [row["name"] for row in results["mixers"]] == networks
+    for row in results["mixers"]:
+        built = saccade.create_model(row["name"], pretrained=str(folder / row["checkpoint"])).eval()
+        assert count_parameters(built) == row["params"]
+        assert built(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+    page = (folder / "report.html").read_text()
+    assert "Each network was trained in turn" in page
+    assert "sparsifiner_test has no pictures of attention rollout: &#39;blocks.0.attn&#39;" in page
+    assert "Vision transformer whose tokens see predicted keys" in page
+
+
+def test_a_mixer_beside_networks_of_their_own():
+    settings = StudySettings("digits", ("pooling", "window"), backbone="convit_test, study_xs,moat_test")
+    assert [choice.label for choice in settings.choices] == ["convit_test", "pooling", "window", "moat_test"]
+    assert [choice.backbone for choice in settings.choices] == ["convit_test", "study_xs", "study_xs", "moat_test"]
+    assert settings.choices[0].options(32) == {"image_size": 32}
+    assert settings.choices[1].options(32) == {"mixer": "pooling", "mixer_options": {}}
+    assert settings.choices[3].options(32) == {}
+    assert len(StudySettings("digits").choices) == 8
+
+
+def test_cost_at_sizes_that_a_network_refuses_is_left_out_with_the_reason():
+    class OneSize(torch.nn.Linear):
+        def forward(self, images):
+            if images.shape[-1] != 16:
+                raise InputError("images of 16 pixels, please")
+            return super().forward(images.mean((2, 3)))
+
+    found = measure_part(OneSize(3, 2), 16, 2)
+    assert found["unscaled"] == "images of 16 pixels, please"
+    assert "scaling" not in found
 
 
 def test_explain_takes_the_checkpoint(finished, tmp_path, capsys):

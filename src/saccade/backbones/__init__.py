@@ -54,6 +54,7 @@ from saccade.backbones.variant import ModelSummary, Variant
 from saccade.backbones.volo import VOLO, DenseLogits
 from saccade.backbones.weights import LoadedModel, fit_weights, load_model, load_weights, read_weights
 from saccade.errors import InputError, check_choice, nearest
+from saccade.registry import describe
 
 __all__ = [
     "DHVT",
@@ -95,6 +96,7 @@ __all__ = [
     "create_model",
     "describe_model",
     "list_models",
+    "list_options",
     "load_model",
 ]
 
@@ -125,6 +127,16 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in _variants() if fnmatch(name, pattern))
 
 
+def list_options(name: str) -> list[str]:
+    """List the arguments that `create_model` passes on to a network, besides num_classes and in_chans.
+
+    >>> "mixer" in list_options("study_xxs"), "mixer" in list_options("convit_tiny")
+    (True, False)
+    """
+    check_choice("model", name, _variants())
+    return sorted(set(inspect.signature(_variants()[name].build).parameters) - {"num_classes", "in_chans"})
+
+
 def describe_model(name: str) -> ModelSummary:
     """Say how large a network is and what it was made for; nothing is allocated.
 
@@ -137,6 +149,7 @@ def describe_model(name: str) -> ModelSummary:
         model = variant.build(num_classes=1000, in_chans=3)
     return ModelSummary(
         family=_family(name).__name__.rpartition(".")[2],
+        summary=describe(type(model)),
         params=sum(parameter.numel() for parameter in model.parameters()),
         image_size=variant.image_size,
         channels=model.feature_info.channels(),
@@ -191,7 +204,7 @@ def create_model(
             num_classes = len(weights.config["classes"])
     out_indices = options.pop("out_indices", None)
     drop_rate, global_pool = options.pop("drop_rate", 0.0), options.pop("global_pool", None)
-    known = set(inspect.signature(variant.build).parameters) - {"num_classes", "in_chans"}
+    known = list_options(name)
     for option in options:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}: {nearest(option, known)}")

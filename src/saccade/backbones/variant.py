@@ -56,6 +56,7 @@ class ModelSummary:
 
     Attributes:
         family: the file that it comes from: "halonet".
+        summary: the first sentence of its class.
         params: parameters with 1000 classes.
         image_size: pixels along each side of the images that its weights expect.
         channels, reductions: of the stages' maps.
@@ -64,6 +65,7 @@ class ModelSummary:
     """
 
     family: str
+    summary: str
     params: int
     image_size: int
     channels: list[int]

@@ -25,8 +25,14 @@ def arguments(parser: Any) -> None:
         default=None,
         help="names with commas between, or all; by default the eight common ones",
     )
-    parser.add_argument("--backbone", type=str, default="study_xxs", help="study_xxs, study_xs or study_s")
-    parser.add_argument("--seeds", type=int, default=2, help="times that each mixer is trained")
+    parser.add_argument(
+        "--backbone",
+        type=str,
+        default="study_xxs",
+        help="study_xxs, study_xs or study_s takes each mixer in turn; other networks, with commas between, are "
+        "compared as they are: `saccade models` lists all",
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="times that each network is trained")
     parser.add_argument("--out", type=str | None, default=None, help="output folder; by default study-NAME")
     add_training(parser, learning_rate=3e-3)
     add_json(parser)
@@ -37,7 +43,7 @@ def run(args: Any) -> int:
 
     settings = StudySettings(
         data=args.data,
-        mixers=parse_mixers(args.mixers),
+        mixers=None if args.mixers is None else parse_mixers(args.mixers),
         backbone=args.backbone,
         epochs=args.epochs,
         image_size=args.image_size,
@@ -81,5 +87,14 @@ def _print_table(results: dict[str, Any]) -> None:
         ]
 
     title = f"{results['data']['name']}: {results['data']['val']} held-out images"
-    columns = ("mixer", "accuracy %", "params", "MFLOPs", "ms an image", "memory MiB", "training s", "maps are")
+    columns = (
+        results["compares"],
+        "accuracy %",
+        "params",
+        "MFLOPs",
+        "ms an image",
+        "memory MiB",
+        "training s",
+        "maps are",
+    )
     emit_table(title, columns, map(cells, results["mixers"]))

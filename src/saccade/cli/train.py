@@ -11,9 +11,16 @@ EXAMPLE = "saccade train digits --mixer window --epochs 2 --out digits-window"
 def arguments(parser: Any) -> None:
     parser.add_argument("data", type=str, help=DATA_HELP)
     parser.add_argument("--model", type=str, default="study_xxs", help="a network of `saccade models`")
-    parser.add_argument("--mixer", type=str, default="attention", help="its mixer: a name, or name(option=value)")
+    parser.add_argument(
+        "--mixer",
+        type=str | None,
+        default=None,
+        help="its mixer: a name, or name(option=value); by default attention, or what the network has of its own",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of images, augmentation")
-    parser.add_argument("--out", type=str | None, default=None, help="output folder; by default train-NAME-MIXER")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="output folder; by default train-NAME-MIXER or train-NAME-MODEL"
+    )
     add_training(parser, learning_rate=3e-3)
     add_json(parser)
 
@@ -23,15 +30,15 @@ def run(args: Any) -> int:
 
     from saccade.backbones import create_model
     from saccade.data import load_images
-    from saccade.study import default_epochs, parse_mixer
+    from saccade.study import NetworkChoice, default_epochs
     from saccade.training import TrainSettings, fit
     from saccade.training.launch import is_first_process
 
-    mixer = parse_mixer(args.mixer)
-    folder = output_folder(args.out, args.data, f"train-{{}}-{mixer.folder}")
+    choice = NetworkChoice.of(args.model, args.mixer)
+    folder = output_folder(args.out, args.data, f"train-{{}}-{choice.folder}")
     data = load_images(args.data, image_size=args.image_size)
     epochs = default_epochs(len(data.train), args.batch_size) if args.epochs is None else args.epochs
-    options: dict[str, Any] = {"mixer": mixer.name, "mixer_options": mixer.options}
+    options = choice.options(data.image_size)
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=len(data.classes), **options).eval()
     with torch.no_grad():  # what cannot work fails before the folder is made
@@ -52,7 +59,7 @@ def run(args: Any) -> int:
     progress.start(epochs)
 
     def on_epoch(row: dict[str, Any]) -> None:
-        progress.show(f"{mixer.label}, epoch {row['epoch'] + 1} of {epochs}", f"{100 * row['val_accuracy']:.1f} %")
+        progress.show(f"{choice.label}, epoch {row['epoch'] + 1} of {epochs}", f"{100 * row['val_accuracy']:.1f} %")
         progress.advance(1)
 
     with progress.shown():

@@ -83,6 +83,7 @@ def _page(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     tested = sorted({method for mixer in done for method in _verdicts(mixer)})
     return {
         "data": {"name": "", "classes": [], "skipped": []} | data,
+        "kind": results.get("compares", "mixer"),
         "verdict": verdict,
         "facts": _facts(results, data, settings, versions, done, mixers),
         "styles": styles,
@@ -122,13 +123,19 @@ def _facts(
     facts = {
         "Images": f"{data['train']} to learn from, {data['val']} held out" if {"train", "val"} <= set(data) else "",
         "Classes": str(len(data.get("classes") or ())),
-        "Mixers": f"{len(done)} of {len(mixers)} finished",
-        "Network": f"{settings.get('backbone', '')} at {settings.get('image_size', '?')} pixels",
+        f"{str(results.get('compares', 'mixer')).capitalize()}s": f"{len(done)} of {len(mixers)} finished",
+        "Network": _network(results, settings),
         "Training": f"{settings.get('epochs', '?')} epochs, {'one seed' if seeds == 1 else f'{seeds} seeds'}",
         "Device": str(versions.get("device", "")),
         "Made": str(results.get("created", ""))[:10],
     }
     return [(name, value) for name, value in facts.items() if value]
+
+
+def _network(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Into which network each mixer was put, and the size of the images."""
+    size = f"{settings.get('image_size', '?')} pixels"
+    return f"{settings.get('backbone', '')} at {size}" if results.get("compares", "mixer") == "mixer" else f"at {size}"
 
 
 def _row(mixer: Mapping[str, Any], done: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> dict[str, Any]:

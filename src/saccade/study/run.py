@@ -1,6 +1,7 @@
-"""The main job: train the same network once for each mixer and seed, measure each, show where it looks, and report.
+"""The main job: train a network once for each mixer and seed, or several networks, measure each, show where it looks,
+and report.
 
-A study is a folder. Every part (a training run, a mixer's costs, its explanations) leaves a file when it is finished,
+A study is a folder. Every part (a training run, a network's costs, its explanations) leaves a file when it is finished,
 written whole or not at all, so that a study killed at any moment goes on where it was.
 """
 
@@ -19,14 +20,13 @@ import torch
 from filelock import FileLock, Timeout
 
 import saccade
-from saccade.backbones import create_model, list_models
+from saccade.backbones import create_model
 from saccade.data import ImageData, load_images
-from saccade.errors import DivergedError, InputError, check_choice
-from saccade.mixers import describe_mixer
+from saccade.errors import DivergedError, InputError
 from saccade.study.parts import explain_part, measure_part
 from saccade.study.report import write_csv, write_report
 from saccade.study.runs import Epoch, Run, train_runs
-from saccade.study.settings import MixerChoice, StudySettings, default_epochs
+from saccade.study.settings import NetworkChoice, StudySettings, default_epochs
 from saccade.study.verdict import accuracy_interval, recommend
 from saccade.training import FitResult, TrainSettings
 from saccade.training.checkpoint import make_folder, saving_failed, write_whole
@@ -43,7 +43,7 @@ class Progress(Protocol):
         """The study has so many units of work; an epoch is one."""
 
     def show(self, doing: str, best: str) -> None:
-        """What runs now, and the best mixer so far."""
+        """What runs now, and the best so far."""
 
     def advance(self, units: float) -> None:
         """So many units are done."""
@@ -64,7 +64,7 @@ class _Silent:
 def run_study(
     settings: StudySettings, folder: str | Path, *, command: str = "", progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Run a study, or go on with it, and write results.json, results.csv, report.html and a checkpoint a mixer.
+    """Run a study, or go on with it, and write results.json, results.csv, report.html and checkpoints.
 
     Args:
         settings: what to study.
@@ -73,8 +73,8 @@ def run_study(
         progress: told what runs.
 
     Returns: what results.json holds.
-    Raises: InputError for data, mixers or options that cannot be served, before anything is trained; WorkError for a
-        full disk. A mixer whose loss diverges is reported as failed, and the study goes on.
+    Raises: InputError for data, mixers, networks or options that cannot be served, before anything is trained;
+        WorkError for a full disk. What diverges is reported as failed, and the study goes on.
     """
     told = progress if progress and is_first_process() else _Silent()
     return Study(settings, Path(folder), command, told).run()
@@ -90,7 +90,7 @@ class Study:
     progress: Progress
     fits: dict[str, list[FitResult]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    accuracies: dict[tuple[str, int], float] = field(default_factory=dict)  # latest of each mixer and seed
+    accuracies: dict[tuple[str, int], float] = field(default_factory=dict)  # latest by label and seed
 
     def run(self) -> dict[str, Any]:
         """Do every part that is not done, and write the results."""
@@ -123,9 +123,11 @@ class Study:
         return default_epochs(len(self.data.train), self.settings.batch_size)
 
     def _claim_folder(self) -> None:
-        """Note what the study is, or compare with what the folder holds. Mixers and seeds may be added."""
+        """Note what the study is, or compare with what the folder holds. Mixers, networks that have their own, and
+        seeds may be added."""
         free = {"data", "mixers", "seeds", *MACHINES}
         asked = {name: value for name, value in asdict(self.settings).items() if name not in free}
+        asked["backbone"] = self.settings.free_backbone
         asked["fingerprint of the data"] = self.data.fingerprint
         file = self.folder / "study.json"
         if not file.exists():
@@ -148,7 +150,6 @@ class Study:
 
     def _try_models(self) -> None:
         """Build every network and show it an image, so that what cannot work fails before anything is trained."""
-        check_choice("backbone", self.settings.backbone, list_models())
         for choice in self.settings.choices:
             run = self._run(choice, seed=0)
             try:
@@ -158,7 +159,7 @@ class Study:
             except InputError as error:
                 raise InputError(f"{choice.label} at {self.data.image_size} pixels: {error}") from None
 
-    def _run(self, choice: MixerChoice, seed: int) -> Run:
+    def _run(self, choice: NetworkChoice, seed: int) -> Run:
         settings = self.settings
         recipe = TrainSettings(
             epochs=self.epochs,
@@ -172,9 +173,8 @@ class Study:
             nodes=settings.nodes,
             strategy=settings.strategy,
         )
-        options = {"mixer": choice.name, "mixer_options": choice.options}
         folder = self.folder / "runs" / choice.folder / f"seed{seed}"
-        return Run(choice.label, settings.backbone, options, recipe, folder)
+        return Run(choice.label, choice.backbone, choice.options(self.data.image_size), recipe, folder)
 
     def _train(self) -> None:
         """Train what is not trained, and read all results."""
@@ -206,16 +206,16 @@ class Study:
         best = max(self.accuracies, key=lambda run: self.accuracies[run], default=None)
         self.progress.show(doing, "" if best is None else f"{best[0]} {100 * self.accuracies[best]:.1f} %")
 
-    def _finish(self, choice: MixerChoice) -> dict[str, Any]:
-        """A mixer's row of the results: costs and explanations of the network of seed 0."""
-        row: dict[str, Any] = {"name": choice.label, "summary": describe_mixer(choice.name)}
+    def _finish(self, choice: NetworkChoice) -> dict[str, Any]:
+        """A row of the results: costs and explanations of the network of seed 0."""
+        row: dict[str, Any] = {"name": choice.label, "backbone": choice.backbone, "summary": choice.summary}
         if choice.label in self.failures:
             self.progress.advance(2 * _OTHER_PARTS)
             return {**row, "status": "failed", "error": self.failures[choice.label]}
         fits = self.fits[choice.label]
         weights = f"checkpoints/{choice.folder}.safetensors"
         _copy_checkpoint(fits[0].checkpoint, self.folder / weights)
-        model = create_model(self.settings.backbone, pretrained=str(self.folder / weights)).eval()
+        model = create_model(choice.backbone, pretrained=str(self.folder / weights)).eval()
         data, settings = self.data, self.settings
 
         def measure() -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Study:
             "checkpoint": weights,
         }
 
-    def _once(self, choice: MixerChoice, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _once(self, choice: NetworkChoice, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The part's file, made first if it is missing."""
         file = self.folder / "runs" / choice.folder / f"{part}.json"
         if not file.exists():
@@ -261,7 +261,13 @@ class Study:
             "saccade": saccade.__version__,
             "command": self.command,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": {**asdict(self.settings), "epochs": self.epochs, "image_size": data.image_size},
+            "compares": "network" if any(choice.mixer is None for choice in self.settings.choices) else "mixer",
+            "settings": {
+                **asdict(self.settings),
+                "mixers": [choice.label for choice in self.settings.choices if choice.mixer is not None],
+                "epochs": self.epochs,
+                "image_size": data.image_size,
+            },
             "versions": _versions(),
             "data": {
                 "name": data.name,

@@ -39,7 +39,7 @@ class Run:
     """One network to train.
 
     Attributes:
-        label: the mixer's.
+        label: its name in the study.
         backbone, options: for `create_model`.
         settings: the recipe, with the seed.
         folder: where `fit` leaves everything.

@@ -1,14 +1,16 @@
-"""What a study is asked to do, and how a mixer with options is written on a command line."""
+"""What a study is asked to compare and how, and how a mixer with options is written on a command line."""
 
 import ast
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from saccade.backbones import describe_model, list_models, list_options
 from saccade.errors import InputError, check_choice
-from saccade.mixers import list_mixers
+from saccade.mixers import describe_mixer, list_mixers
 
-__all__ = ["MixerChoice", "StudySettings", "default_epochs", "parse_mixer", "parse_mixers"]
+__all__ = ["MixerChoice", "NetworkChoice", "StudySettings", "default_epochs", "parse_mixer", "parse_mixers"]
 
 
 DEFAULT_MIXERS = ("attention", "window", "grid", "halo", "neighborhood", "agent", "depthwise_conv", "pooling")
@@ -36,13 +38,69 @@ class MixerChoice:
 
 
 @dataclass(frozen=True)
+class NetworkChoice:
+    """A network that is trained: one into which a mixer is put, or one whose mixers are its own.
+
+    Attributes:
+        backbone: one of `list_models()`.
+        mixer: what is put into it; None where its mixers are its own.
+    """
+
+    backbone: str
+    mixer: MixerChoice | None
+
+    @classmethod
+    def of(cls, backbone: str, mixer: str | None) -> "NetworkChoice":
+        """Read the names.
+
+        Raises: InputError for an unknown one, and for a mixer that the network does not take.
+        """
+        if mixer is not None and not takes_mixer(backbone):
+            raise InputError(
+                f"mixer is {mixer!r}, but {backbone} has mixers of its own: leave the mixer out, or take a network "
+                f"into which one is put: {', '.join(filter(takes_mixer, list_models()))}"
+            )
+        if mixer is None and takes_mixer(backbone):
+            mixer = "attention"
+        return cls(backbone, None if mixer is None else parse_mixer(mixer))
+
+    @property
+    def label(self) -> str:
+        """The name in tables and pictures: the mixer's where there is a choice of it, else the network's."""
+        return self.backbone if self.mixer is None else self.mixer.label
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a file."""
+        return self.backbone if self.mixer is None else self.mixer.folder
+
+    @property
+    def summary(self) -> str:
+        """What is compared, in a sentence."""
+        return describe_model(self.backbone).summary if self.mixer is None else describe_mixer(self.mixer.name)
+
+    def options(self, image_size: int) -> dict[str, Any]:
+        """For `create_model`: the mixer, and the size of the images where the network is built for one."""
+        if self.mixer is not None:
+            return {"mixer": self.mixer.name, "mixer_options": self.mixer.options}
+        return {"image_size": image_size} if "image_size" in list_options(self.backbone) else {}
+
+
+def takes_mixer(backbone: str) -> bool:
+    """Whether a mixer is put into a network, rather than its own."""
+    return "mixer" in list_options(backbone)
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """What decides the figures of a study; a folder holds one study.
 
     Args:
         data: as in `saccade.data.load_images`.
-        mixers: names of mixers, with options where wanted: "window", "neighborhood(window_size=5)".
-        backbone: a network of `list_models()` that takes a mixer.
+        mixers: names of mixers, with options where wanted: "window", "neighborhood(window_size=5)". None takes
+            `DEFAULT_MIXERS` where a network takes a mixer.
+        backbone: networks of `list_models()`, with commas between: one that takes each mixer in turn, such as
+            study_xxs, any number of those whose mixers are their own, or both.
         epochs: passes over the training images; None takes as many as make about 240 steps, from 5 to 30.
         image_size: pixels a side; None takes the data's own default.
         seeds: how many times each mixer is trained, with seeds 0, 1, ...
@@ -52,7 +110,7 @@ class StudySettings:
     """
 
     data: str
-    mixers: tuple[str, ...]
+    mixers: tuple[str, ...] | None = None
     backbone: str = "study_xxs"
     epochs: int | None = None
     image_size: int | None = None
@@ -73,16 +131,34 @@ class StudySettings:
                 raise InputError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"epochs is {self.epochs}: give a whole number of at least 1")
-        if not self.mixers:
+        if self.mixers is not None and not self.mixers:
             raise InputError(f"no mixer is named: give one or more of {', '.join(list_mixers())}")
         folders = [choice.folder for choice in self.choices]
         if len(set(folders)) < len(folders):
-            raise InputError(f"mixers are {', '.join(self.mixers)}: one is named twice. Name each once")
+            given = f"mixers are {', '.join(self.mixers)}" if self.mixers else f"backbone is {self.backbone}"
+            raise InputError(f"{given}: one is named twice. Name each once")
+
+    @cached_property
+    def choices(self) -> list[NetworkChoice]:
+        """What is compared, read, in the order in which it was named."""
+        names = [name.strip() for name in self.backbone.split(",") if name.strip()]
+        for name in names or [self.backbone]:
+            check_choice("backbone", name, list_models())
+        free = [name for name in names if takes_mixer(name)]
+        if len(set(free)) > 1:
+            raise InputError(
+                f"backbone is {self.backbone}: {' and '.join(free)} take a mixer each, and mixers are compared in one "
+                "network. Name one of them"
+            )
+        if self.mixers is not None and not free:
+            return [NetworkChoice.of(names[0], self.mixers[0])]  # says what is wrong
+        mixers = DEFAULT_MIXERS if self.mixers is None else self.mixers
+        return [NetworkChoice.of(name, mixer) for name in names for mixer in (mixers if takes_mixer(name) else (None,))]
 
     @property
-    def choices(self) -> list[MixerChoice]:
-        """The mixers, read."""
-        return [parse_mixer(text) for text in self.mixers]
+    def free_backbone(self) -> str | None:
+        """The network into which each mixer is put in turn, if there is one."""
+        return next((choice.backbone for choice in self.choices if choice.mixer is not None), None)
 
 
 def default_epochs(images: int, batch_size: int) -> int:

@@ -114,9 +114,10 @@ def recommend(results: Mapping[str, Any], correct: Mapping[str, Sequence[ArrayLi
         and `trust` are for people; `best` and `leads` hold the figures behind them.
     """
     mixers = {m["name"]: m for m in results.get("mixers", ()) if m.get("status") == "done" and m["name"] in correct}
-    leftovers = _failures(results) + _skipped(results)
+    leftovers = _failures(results) + _skipped(results) + _left_out(results)
+    kind = results.get("compares", "mixer")
     if not mixers:
-        sentence = "No mixer finished, so there is nothing to recommend."
+        sentence = f"No {kind} finished, so there is nothing to recommend."
         return _record(sentence, reasons=leftovers, trust="There are no pictures to judge.")
     comparison = compare({name: correct[name] for name in mixers})
     best, tied = mixers[comparison.best], comparison.tied
@@ -126,16 +127,16 @@ def recommend(results: Mapping[str, Any], correct: Mapping[str, Sequence[ArrayLi
     suggested, cost = (comparison.best, _price(mixers, comparison)) if len(tied) == 1 else _cheapest(mixers, tied)
     if not learned:
         suggested, cost = None, []
-        sentence = "No mixer is clearly better than guessing on these images, so none is recommended."
+        sentence = f"No {kind} is clearly better than guessing on these images, so none is recommended."
     elif certain:
         sentence = _use(comparison, len(correct[comparison.best]))
     elif len(mixers) == 1:
         sentence = f"Only {suggested} finished, so there is nothing to compare it with."
     else:
-        sentence = _tie(tied, len(mixers), suggested)
+        sentence = _tie(tied, f"{len(mixers)} {kind}s", len(mixers) == len(tied), suggested)
     guessing = [] if learned else [f"Always answering the same class would be right on about {_percent(guess)}."]
     reasons = [*guessing, *_why(mixers, comparison), _how_sure(comparison, correct[comparison.best]), *cost, *leftovers]
-    trust = _trust(mixers, suggested)
+    trust = _trust(mixers, suggested, kind)
     return _record(sentence, comparison, comparison.best if certain else None, suggested, certain, reasons, trust)
 
 
@@ -200,9 +201,9 @@ def _use(comparison: Comparison, seeds: int) -> str:
     return f"Use {comparison.best}: on your held-out images it is more accurate than {than}{limit}."
 
 
-def _tie(tied: Sequence[str], total: int, suggested: str | None) -> str:
-    share = "" if len(tied) == total else f"{len(tied)} of "
-    who = _join(tied) if len(tied) <= 4 else f"{share}the {total} mixers"
+def _tie(tied: Sequence[str], total: str, every: bool, suggested: str | None) -> str:
+    share = "" if every else f"{len(tied)} of "
+    who = _join(tied) if len(tied) <= 4 else f"{share}the {total}"
     sentence = f"On accuracy, {who} cannot be told apart."
     return f"{sentence} The cheapest of them to run is {suggested}." if suggested else sentence
 
@@ -272,7 +273,7 @@ def _megaflops(mixer: Mapping[str, Any]) -> float:
     return (mixer.get("flops") or math.inf) / 1e6
 
 
-def _trust(mixers: Mapping[str, Any], suggested: str | None) -> str:
+def _trust(mixers: Mapping[str, Any], suggested: str | None, kind: str) -> str:
     """Whether the pictures can be believed, by the verdicts of `saccade.explain.faithfulness`."""
     verdicts = {name: (mixer.get("faithfulness") or {}).get("verdict") for name, mixer in mixers.items()}
     measured = [name for name, verdict in verdicts.items() if verdict]
@@ -283,11 +284,13 @@ def _trust(mixers: Mapping[str, Any], suggested: str | None) -> str:
     method = mixers[measured[0]]["faithfulness"].get("method", "the explanation").replace("_", " ")
     finding = f"The pictures of {method} point to what the model uses, better than chance, for"
     if not good:
-        sentence = f"Do not rely on the pictures of {method}: for no mixer do they clearly find more than chance would."
+        sentence = (
+            f"Do not rely on the pictures of {method}: for no {kind} do they clearly find more than chance would."
+        )
     elif poor:
         sentence = f"{finding} {_join(good)}, but not for {_join(poor)}: do not rely on those."
     else:
-        sentence = f"{finding} {'all mixers' if len(good) == len(mixers) > 1 else _join(good)}."
+        sentence = f"{finding} {f'all {kind}s' if len(good) == len(mixers) > 1 else _join(good)}."
     abpc = (mixers[suggested].get("faithfulness") or {}).get("abpc") if suggested else None
     if not abpc:
         return sentence
@@ -302,6 +305,17 @@ def _failures(results: Mapping[str, Any]) -> list[str]:
     return [
         f"{mixer['name']} failed and is not compared: {mixer.get('error') or 'no reason given'}" for mixer in failed
     ]
+
+
+def _left_out(results: Mapping[str, Any]) -> list[str]:
+    """What could not be measured or drawn of a network that was compared."""
+    lines = []
+    for mixer in results.get("mixers", ()):
+        if mixer.get("unscaled"):
+            lines.append(f"What larger images cost {mixer['name']} was not measured: {mixer['unscaled']}.")
+        for method, reason in (mixer.get("unpictured") or {}).items():
+            lines.append(f"{mixer['name']} has no pictures of {method.replace('_', ' ')}: {reason}.")
+    return lines
 
 
 def _skipped(results: Mapping[str, Any]) -> list[str]:
