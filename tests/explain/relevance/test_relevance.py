@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import saccade
 from saccade.errors import InputError, WorkError
 from saccade.explain import explain
-from saccade.explain.relevance import merge, relevance, rules
+from saccade.explain.relevance import merge, recipes, relevance, rules
 from saccade.explain.relevance.recipes import On
 from tests.explain.nets import ConvNet, images
 
@@ -87,6 +87,21 @@ def test_token_ids_carry_the_relevance_of_their_rows():
     )
     rows = model.embed(tokens).detach()
     assert_close(by_gradient.map, (rows * by_gradient.inner["embed"]).sum(-1))
+
+
+@pytest.mark.parametrize("name", ["haloregnetz_b", "overlock_test"])
+def test_what_a_deep_network_with_random_weights_loses_is_rounding(name):
+    torch.manual_seed(0)
+    model = saccade.create_model(name, num_classes=10).double().eval()
+    found = relevance(model, images(1, height=64, width=64).double(), recipe=recipes.epsilon(0.0))
+    size = found.map.abs().sum().item()
+    assert size > 100 * found.start.abs().item()  # shares that cancel
+    softmax = [each.amount for each in found.absorbed if "attention" in each.op or "softmax" in each.op]
+    lost = found.error.sum().item() + sum(each.amount for each in found.absorbed)
+    assert abs(lost) < 1e-12 * size  # the ledger closes
+    others = sum(each.amount for each in found.absorbed if each.kind == "rule") - sum(softmax)
+    assert abs(others) < 1e-12 * size
+    assert found.unknown == {}
 
 
 def test_heads_hold_what_the_projection_hands_on():

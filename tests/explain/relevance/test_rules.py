@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from saccade.backbones.recalibration import ResponseNorm
 from saccade.errors import InputError
 from saccade.explain.relevance import On, recipes, relevance, rules
 
@@ -203,6 +204,21 @@ def test_norms_composed_and_fused_agree():
     expected = relevance(lambda y: F.layer_norm(y, (6,), w, b), x, start=r).map
     for program in (composed, by_rsqrt):
         assert_close(relevance(program, x, start=r).map, expected)
+
+
+def test_channels_relative_to_their_mean_norm_are_held_as_other_norms_are():
+    x, r = inputs(2, 6, 3, 4), inputs(2, 6, 3, 4, seed=1)
+    norm = ResponseNorm(6).double()
+    nn.init.normal_(norm.gamma)
+    nn.init.normal_(norm.beta)
+
+    def composed(y):
+        size = y.square().sum((2, 3), keepdim=True).sqrt()
+        return y * (1 + norm.gamma * size / (size.mean(1, keepdim=True) + norm.eps)) + norm.beta
+
+    expected = (norm(x) - norm.beta) / norm(x) * r  # what beta does not add comes from x
+    for program in (norm, composed):
+        assert_close(relevance(program, x, start=r).map, expected.detach())
 
 
 def test_a_softmax_that_is_composed_holds_its_maximum_and_its_sum():

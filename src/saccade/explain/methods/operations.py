@@ -33,7 +33,8 @@ def relevance(
         rules: entries in front of the recipe's.
 
     Returns: the maps, as `error` their sums minus the logits, which is what biases and norms took, and the account of
-        that in `detail`.
+        that in `detail`. Where the logit is small beside the map, as with random weights, `error` is mostly rounding;
+        see `saccade.explain.relevance.Relevance.conservation_error`.
     """
     whole = trace_images(classify, images, target, batch_size, recipe, rules)
     return Attribution(whole.map.sum(1), whole.error, detail=Detail(account=whole))

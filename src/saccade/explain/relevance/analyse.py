@@ -55,7 +55,10 @@ class Relevance:
     def conservation_error(self) -> float:
         """What neither the map nor the ledger's constants hold, as a share of what was explained.
 
-        Zero for rules that conserve; what an epsilon, a held scale or the expansion of softmax took is in it.
+        Zero for rules that conserve; what an epsilon, a held scale or the expansion of softmax took is in it. Read it
+        beside the size of the map: in deep networks with random weights a logit near 0 is the sum of shares that are
+        millions of times larger and cancel. What rounding, and the 1e-11 that guards 0 / 0, take of those is then
+        more than the logit. In float64, without that guard (`recipes.epsilon(0.0)`), it vanishes.
         """
         lost = sum(each.amount for each in self.absorbed if each.kind in ("rule", "unknown"))
         return abs(lost) / max(self.start.abs().sum().item(), 1e-30)

@@ -275,6 +275,8 @@ def trait_of(node: "Node") -> str | None:
     traits = {value.trait for value in node.inputs if value.active}
     if traits == {"exp"} and (node.family == "mix" or node.op in ("add", "scatter_add", "index_add")):
         return "norm"
+    if traits == {"norm"} and node.family == "mix":
+        return "norm"  # the mean norm of a map's channels is a scale as well
     if node.family == "gate" and node.op == "div" and [value.trait for value in node.inputs] == ["exp", "norm"]:
         return "softmax"
     if len(traits) == 1 and (node.family in _TRANSPARENT or node.op in ("clamp_min", "clamp", "reciprocal", "div")):

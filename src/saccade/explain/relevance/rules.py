@@ -149,14 +149,21 @@ def first_operand(eps: float = EPS) -> Rule:
 
 
 def blend(eps: float = EPS) -> Rule:
-    """`epsilon` of a + t b c, where b and c get half of their product, and of a + w (b - a), where w is held fixed."""
+    """`epsilon` of a + t b c, where b and c get half of their product, and of a + w (b - a), where w is held fixed.
+
+    Of b and c, one that normalises is held fixed: the other takes all of the product.
+    """
 
     def share(node: Node, relevance: Tensor) -> Shares:
         shares = _weighed(node, adjoint(node, [_quotient(relevance, node.output.tensor, eps)]))
         if node.op == "lerp":
             return [*shares[:2], *[None] * (len(shares) - 2)]
-        both = all(value.active for value in node.inputs[1:])
-        return [s if s is None or place == 0 or not both else s / 2 for place, s in enumerate(shares)]
+        normal = [value.active and value.trait == "norm" for value in node.inputs]
+        if sum(value.active for value in node.inputs[1:]) < 2:
+            return shares
+        if sum(normal[1:]) == 1:
+            return [shares[0], *(None if held else s for s, held in zip(shares[1:], normal[1:]))]
+        return [shares[0], *(s if s is None else s / 2 for s in shares[1:])]
 
     return Rule("blend", share, inputs=True, output=True)
 
