@@ -38,6 +38,18 @@ def test_every_output_is_an_average_of_its_own_values():
     assert (out >= value.amin(-1, True) - 1e-12).all()
 
 
+def test_weights_are_0_before_their_products_would_be_denormal_numbers():
+    rng = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 900, 8, generator=rng) for _ in range(2))
+    query = query + 2 * key
+    weights, exact = (channel_attention_weights(query.to(t), key.to(t)) for t in (torch.float32, torch.float64))
+    small = exact < 1e-30
+    assert 0 < small.sum() < small.numel()
+    assert ((weights == 0) | (weights > 9e-32)).all()
+    assert ((exact > 0) & (exact < 1e-40)).any()
+    assert_close(weights, exact.float())
+
+
 def test_the_order_of_positions_does_not_matter():
     inputs, order = make_inputs(), torch.randperm(7)
     shuffled = [x[:, :, order] for x in inputs]

@@ -57,7 +57,9 @@ class ChannelAttention(Mixer):
 
     def _attend(self, tokens: Tensor) -> Tensor:
         parts = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        value, query, key = parts.contiguous().unbind(0)  # one copy here, or one for each product of matrices
+        if len(tokens) > 1:  # of a single image each product reads the matrices where they are
+            parts = parts.contiguous()  # one copy here, or one for each product
+        value, query, key = parts.unbind(0)
         taps.record(self, "gate", lambda: channel_attention_weights(query, key, scale=self.scale))
         taps.record(self, "attention", lambda: torch.eye(value.shape[2]).to(value).expand(*value.shape[:2], -1, -1))
         out = merge_heads(channel_attention(query, key, value, scale=self.scale))

@@ -34,8 +34,15 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
 
 
 def channel_attention_weights(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
-    """Form the weights of channel attention, (B, heads, D, D): a row for each channel of the output, with sum 1."""
+    """Form the weights of channel attention, (B, heads, D, D): a row for each channel of the output, with sum 1.
+
+    Weights below 1e-31 (1e-292 of float64) are 0.
+    """
     check_attention(query, key, key, axes=1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return ((query.to(dtype) * scale).mT @ key.to(dtype)).softmax(-1)
+    weights = ((query.to(dtype).mT @ key.to(dtype)) * scale).softmax(-1)
+    # logits that grow with the map leave weights near the least number there is, whose products take a CPU many times as
+    # long as others; what is dropped is below rounding beside the largest weight of a row, which is 1 / D at least
+    limits = torch.finfo(dtype)
+    return weights.masked_fill(weights < limits.tiny / limits.eps, 0.0)
