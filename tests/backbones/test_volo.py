@@ -1,5 +1,7 @@
 """VOLO: class attention, logits of patches, mixed tokens, positions at other sizes, learning from token labels."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch.testing import assert_close
 import saccade
 from saccade.backbones import VOLO, DenseLogits
 from saccade.backbones.positions import resize_positions
-from saccade.backbones.weights import load_weights
+from saccade.backbones.weights import fit_weights, load_weights
 from saccade.errors import InputError
 from saccade.training import token_label_loss
 
@@ -145,3 +147,20 @@ def test_outlook_attention_is_never_left_out():
 def test_errors_say_what_to_do(options, message):
     with pytest.raises(InputError, match=message):
         build(**options)
+
+
+def test_weights_saved_while_the_stem_was_of_blocks_are_read():
+    model = saccade.create_model("volo_test")
+    state = model.state_dict()
+    kinds = ("conv", "bn")
+
+    def before(name):
+        layer = re.match(r"patch_embed\.conv\.(\d)\.", name)
+        if layer is None:
+            return name
+        number, kind = divmod(int(layer[1]), 3)
+        return f"patch_embed.conv.{number}.{kinds[kind]}.{name[layer.end() :]}"
+
+    old = {before(name): tensor for name, tensor in state.items()}
+    assert old.keys() != state.keys()
+    assert fit_weights(model, old).keys() == state.keys()

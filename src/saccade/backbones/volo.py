@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from saccade import taps
 from saccade.backbones.backbone import Backbone, FeatureInfo
-from saccade.backbones.convolution import ConvNormAct
 from saccade.backbones.mlp import Mlp, init_linear
 from saccade.backbones.patches import Downsample, channels_first, channels_last
 from saccade.backbones.positions import resize_positions
@@ -151,7 +150,7 @@ class VOLO(Backbone):
             {"num_chs": dims[stage], "reduction": patch_size * 2 ** sum(down[:stage]), "module": f"stages.{stage}"}
             for stage in stages
         )
-        self.first_conv = "patch_embed.conv.0.conv"
+        self.first_conv = "patch_embed.conv.0"
         self.classifiers = ("head", "aux_head") if dense else ("head",)
         self.apply(init_linear)
         for parameter in (self.pos_embed, self.cls_token):
@@ -271,10 +270,11 @@ class _PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, stem_dim: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        layer = partial(ConvNormAct, act=partial(nn.ReLU, inplace=True))
-        self.conv = nn.Sequential(
-            layer(in_chans, stem_dim, 7, stride=2), layer(stem_dim, stem_dim, 3), layer(stem_dim, stem_dim, 3)
-        )
+        layers: list[nn.Module] = []  # one after the other: a block of three would keep its input until it ends
+        for width, kernel, stride in ((in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)):
+            conv = nn.Conv2d(width, stem_dim, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem_dim, dim, patch_size // 2, patch_size // 2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -354,11 +354,10 @@ def _swap(x: Tensor, box: tuple[int, ...]) -> Tensor:
 def _renamed(name: str, places: list[str]) -> str:
     name = re.sub(r"^network\.(\d+)\.", lambda found: places[int(found[1])], name)
     name = name.replace(".downsample.proj.", ".downsample.reduction.")
-    layer = re.match(r"patch_embed\.conv\.(\d+)\.", name)  # convolution, norm, activation three times
-    if layer and not name.startswith(f"patch_embed.conv.{layer[1]}.conv."):
-        number, kind = divmod(int(layer[1]), 3)
-        name = f"patch_embed.conv.{number}.{('conv', 'bn')[kind]}.{name[layer.end() :]}"
-    return name
+    return _BLOCK.sub(lambda found: f"patch_embed.conv.{3 * int(found[1]) + (found[2] == 'bn')}.", name)
+
+
+_BLOCK = re.compile(r"^patch_embed\.conv\.(\d)\.(conv|bn)\.")  # how our own weights had it before
 
 
 def _variants(

@@ -42,7 +42,7 @@ def channel_attention_weights(query: Tensor, key: Tensor, *, scale: float | None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = ((query.to(dtype).mT @ key.to(dtype)) * scale).softmax(-1)
-    # logits that grow with the map leave weights near the least number there is, whose products take a CPU many times as
-    # long as others; what is dropped is below rounding beside the largest weight of a row, which is 1 / D at least
+    # logits that grow with the map leave weights near the least number there is, whose products take a CPU many times
+    # as long as others; what is dropped is below rounding beside the largest weight of a row, which is 1 / D at least
     limits = torch.finfo(dtype)
     return weights.masked_fill(weights < limits.tiny / limits.eps, 0.0)

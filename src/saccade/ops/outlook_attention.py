@@ -89,8 +89,8 @@ def _reference(padded: Tensor, weights: Tensor, size: int, stride: int) -> Tenso
 
 def _windows(padded: Tensor, weights: Tensor, size: int, stride: int) -> Tensor:
     compiling = torch.compiler.is_compiling()  # a compiler derives the way back itself, and fuses it
-    windows = _cut(padded, size, stride) if compiling else _Cut.apply(padded, size, stride)
-    mixed, space = weights.to(padded.dtype) @ windows, (padded.shape[2], padded.shape[3])
+    cut = _cut if compiling else _Cut.apply
+    mixed, space = weights.to(padded.dtype) @ cut(padded, size, stride), (padded.shape[2], padded.shape[3])
     out: Tensor = _sum(mixed, space, size, stride) if compiling else _Sum.apply(mixed, space, size, stride)
     return out
 
