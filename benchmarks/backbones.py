@@ -3,6 +3,7 @@
     pip install 'saccade[timm]'
     python benchmarks/backbones.py                        # half an hour on two CPU cores
     python benchmarks/backbones.py --only davit_tiny --rounds 3 --pixels 224
+    OMP_NUM_THREADS=1 python benchmarks/backbones.py --clock processor     # on a machine with other work to do
 
 Outputs are compared before anything is timed. Each row says how many times faster than timm's ours is, forward and
 forward + backward, and how much of timm's peak memory it takes. All calls of a row take turns, in eval mode; quote the
@@ -13,6 +14,9 @@ import argparse
 import csv
 import gc
 import importlib
+import os
+import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +32,7 @@ from saccade.backbones import Backbone, create_model
 from saccade.backbones.weights import load_weights
 from saccade.measure import measure_peak_memory
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 CSV = Path(__file__).parent / "results" / "backbones_cpu.csv"
 MB = 2**20
 
@@ -96,7 +101,18 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], object]:
     return train
 
 
-def measure(name: str, pixels: int, batch: int, rounds: int) -> dict[str, Any]:
+def describe_machine() -> str:
+    """The processor's name, and how many cores this machine has."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def measure(name: str, pixels: int, batch: int, rounds: int, clock: str) -> dict[str, Any]:
     """One row."""
     ours, theirs = build_both(name, pixels)
     images = torch.randn(batch, 3, pixels, pixels)
@@ -110,7 +126,7 @@ def measure(name: str, pixels: int, batch: int, rounds: int) -> dict[str, Any]:
     }
     took, memory = {}, {}
     for what in ("", ", both"):
-        took |= take_turns({who: calls[who] for who in (f"ours{what}", f"timm{what}")}, rounds)
+        took |= take_turns({who: calls[who] for who in (f"ours{what}", f"timm{what}")}, rounds, CLOCKS[clock])
         for model in (ours, theirs):  # what gradients take is part of training, not of what was there before
             model.zero_grad(set_to_none=True)
         for who in ("ours", "timm"):
@@ -125,6 +141,8 @@ def measure(name: str, pixels: int, batch: int, rounds: int) -> dict[str, Any]:
         "batch": batch,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "machine": describe_machine(),
+        "clock": clock,
         "difference": f"{difference:.1e}",
         **{f"{who} ms": f"{took[who]:.1f}" for who in calls},
         **{f"{who} MB": f"{memory[who]:.1f}" for who in calls},
@@ -159,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PEERS), help="networks to run")
     parser.add_argument("--pixels", type=int, nargs="*", help="sizes of images to run")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each call")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="processor leaves the others' work out")
     parser.add_argument("--csv", type=Path, default=CSV, help="where the table goes")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, timm {import_timm().__version__}")
@@ -171,7 +190,7 @@ def main() -> None:
         for pixels, batch in PEERS[name].images:
             if args.pixels and pixels not in args.pixels:
                 continue
-            row = measure(name, pixels, batch, args.rounds)
+            row = measure(name, pixels, batch, args.rounds, args.clock)
             speed, memory = (f"{row[what]} / {row[f'{what}, both']}" for what in ("speed-up", "memory"))
             print(f"{name}, {batch} x {pixels} px: {speed}, memory {memory}", flush=True)
             write([row], args.csv)

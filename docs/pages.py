@@ -122,13 +122,16 @@ def timed_networks() -> str:
         (
             f"`{row['network']}`",
             f"{row['batch']} x {row['pixels']} px",
+            row["clock"],
             *(_both(row, name) for name in ("speed-up", "memory")),
         )
         for row in rows
     )
-    threads, torches = ({row[name] for row in rows} for name in ("threads", "torch"))
-    said = f"CPU threads: {' or '.join(sorted(threads))}; torch {' or '.join(sorted(torches))}; fp32.\n\n"
-    return said + _table(("network", "images", "times faster", "peak memory"), found)
+    machine, threads, torches = (
+        " or ".join(sorted({_plain(row[name]) for row in rows})) for name in ("machine", "threads", "torch")
+    )
+    said = f"{machine}; threads: {threads}; torch {torches}; fp32.\n\n"
+    return said + _table(("network", "images", "clock", "times faster", "peak memory"), found)
 
 
 # The reference

@@ -128,6 +128,29 @@ def test_every_paper_is_listed_and_those_with_claims_have_a_page_with_all_of_the
     assert made["parts/papers.md"].count("<br>") == len(listings)
 
 
+def test_timed_networks_stand_with_their_machine_and_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert "No table" in pages.timed_networks()
+    row = {
+        "network": "davit_tiny",
+        "pixels": 448,
+        "batch": 1,
+        "threads": 2,
+        "torch": "2.13",
+        "machine": "Xeon_X, 2 cores",
+    }
+    ratios = {"speed-up": "1.052", "speed-up, both": "1.153", "memory": "0.857", "memory, both": "0.974"}
+    row |= {"clock": "processor"} | ratios
+    file = tmp_path / "benchmarks" / "results" / "backbones_cpu.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        ",".join(f'"{name}"' for name in row) + "\n" + ",".join(f'"{value}"' for value in row.values()) + "\n"
+    )
+    table = pages.timed_networks()
+    assert table.startswith("Xeon\\_X, 2 cores; threads: 2; torch 2.13; fp32.")
+    assert "| `davit_tiny` | 1 x 448 px | processor | 1.05 / 1.15 | 0.86 / 0.97 |" in table
+
+
 def test_text_in_a_table_keeps_its_characters():
     assert pages._plain("a|b *c* `d|e*`\nf_g") == r"a\|b \*c\* `d|e*`<br>f\_g"
 
