@@ -1,6 +1,7 @@
 """The parts of a study that follow training: what a network costs, where it looks, and how far to believe that."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
