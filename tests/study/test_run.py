@@ -159,13 +159,13 @@ def test_checkpoint_is_the_network_that_was_measured(finished, number):
 
 @pytest.mark.usefixtures("one_core")
 def test_networks_with_mixers_of_their_own_are_compared(finished, tmp_path, capsys):
-    networks, folder = ["convit_test", "sparsifiner_test"], tmp_path / "networks"
+    networks, folder = ["convit_test", "halonet_test"], tmp_path / "networks"
     call = ["study", str(finished.photos), "--seeds", "1", "--out", str(folder), *OPTIONS]
-    assert main([*call, "--backbone", "convit_test,sparsifiner_test"]) == 0
+    assert main([*call, "--backbone", "convit_test,halonet_test"]) == 0
     printed = capsys.readouterr().out
     assert "network" in printed
     assert all(name in printed for name in networks)
-    assert main([*call, "--backbone", "convit_test,study_xxs,sparsifiner_test", "--mixers", "pooling"]) == 2
+    assert main([*call, "--backbone", "convit_test,study_xxs,halonet_test", "--mixers", "pooling"]) == 2
     assert "backbone was None and is 'study_xxs'" in capsys.readouterr().err
     results = json.loads((folder / "results.json").read_text())
     assert (results["compares"], results["settings"]["mixers"]) == ("network", [])
@@ -176,8 +176,8 @@ def test_networks_with_mixers_of_their_own_are_compared(finished, tmp_path, caps
         assert built(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
     page = (folder / "report.html").read_text()
     assert "Each network was trained in turn" in page
-    assert "sparsifiner_test has no pictures of attention rollout: &#39;blocks.0.attn&#39;" in page
-    assert "Vision transformer whose tokens see predicted keys" in page
+    assert "halonet_test has no pictures of attention rollout: &#39;stages." in page
+    assert "Residual network of halo attention." in page
 
 
 def test_a_mixer_beside_networks_of_their_own():
