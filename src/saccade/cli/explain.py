@@ -166,6 +166,8 @@ def _row(
     image: "Mapping[str, Any]", method: str, results: "Mapping[str, Any]", folder: "Path", page: "Path"
 ) -> dict[str, Any]:
     """What is printed of one map."""
+    from saccade.explain.pages import judge
+
     found, about = image["maps"][method], results["methods"][method]
     return {
         "image": image["image"],
@@ -176,6 +178,7 @@ def _row(
         "layer": about["layer"],
         **{key: found[key] for key in ("deletion", "insertion", "abpc", "verdict", "sentence")},
         "sanity": about["sanity"],
+        "judgement": judge(found, about)["tag"],
         "account": about["account"],
         "weights": results["model"]["weights"],
         "overlay": str(folder / found["overlay"]),
@@ -189,8 +192,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if row["explained"] != row["predicted"]:
             seen += f", explained: {row['explained']}"
         abpc = f"{row['abpc']['value']:.2f} ({row['abpc']['random']:.2f})"
-        sanity = row["sanity"]["verdict"] if row["sanity"] else "not tested"
-        return [row["image"], seen, row["method"], abpc, row["verdict"], sanity]
+        return [row["image"], seen, row["method"], abpc, row["judgement"]]
 
-    columns = ("image", "class", "method", "ABPC (random)", "the map is", "and")
+    columns = ("image", "class", "method", "ABPC (random)", "the map")
     emit_table("Where the network looks", columns, map(cells, rows))

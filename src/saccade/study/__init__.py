@@ -1,7 +1,8 @@
 """The main job: compare mixers, or whole networks, on somebody's own images, and report."""
 
+from saccade.explain.pages.progress import Progress
 from saccade.study.report import write_csv, write_report
-from saccade.study.run import Progress, run_study
+from saccade.study.run import run_study
 from saccade.study.settings import (
     MixerChoice,
     NetworkChoice,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,6 +23,7 @@ import saccade
 from saccade.backbones import create_model
 from saccade.data import ImageData, load_images
 from saccade.errors import DivergedError, InputError
+from saccade.explain.pages.progress import Progress, Silent
 from saccade.study.parts import explain_part, measure_part
 from saccade.study.report import write_csv, write_report
 from saccade.study.runs import Epoch, Run, train_runs
@@ -33,32 +34,7 @@ from saccade.training.checkpoint import make_folder, saving_failed, write_whole
 from saccade.training.fit import MACHINES
 from saccade.training.launch import is_first_process
 
-__all__ = ["Progress", "Study", "run_study"]
-
-
-class Progress(Protocol):
-    """What a study tells while it runs."""
-
-    def start(self, units: float) -> None:
-        """The study has so many units of work; an epoch is one."""
-
-    def show(self, doing: str, best: str) -> None:
-        """What runs now, and the best so far."""
-
-    def advance(self, units: float) -> None:
-        """So many units are done."""
-
-
-@dataclass
-class _Silent:
-    def start(self, units: float) -> None:
-        pass
-
-    def show(self, doing: str, best: str) -> None:
-        pass
-
-    def advance(self, units: float) -> None:
-        pass
+__all__ = ["Study", "run_study"]
 
 
 def run_study(
@@ -76,7 +52,7 @@ def run_study(
     Raises: InputError for data, mixers, networks or options that cannot be served, before anything is trained;
         WorkError for a full disk. What diverges is reported as failed, and the study goes on.
     """
-    told = progress if progress and is_first_process() else _Silent()
+    told = progress if progress and is_first_process() else Silent()
     return Study(settings, Path(folder), command, told).run()
 
 

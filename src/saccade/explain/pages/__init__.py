@@ -4,6 +4,6 @@
 """
 
 from saccade.explain.pages.examine import Effort, examine
-from saccade.explain.pages.page import write_page
+from saccade.explain.pages.page import judge, write_page
 
-__all__ = ["Effort", "examine", "write_page"]
+__all__ = ["Effort", "examine", "judge", "write_page"]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,16 @@ from saccade.explain.attribute import Explanation, explain, read_method
 from saccade.explain.classifier import evaluating
 from saccade.explain.faithfulness import compare_faithfulness
 from saccade.explain.overlay import enlarge_pixels, full_colour, save_overlay, write_picture
+from saccade.explain.pages.progress import Progress, Silent
 from saccade.explain.sanity import parameter_randomization
 from saccade.explain.verbalization import AREAS, Wording, verbalize_map
 
-__all__ = ["Effort", "Progress", "examine"]
+__all__ = ["Effort", "examine"]
 
 DEFAULTS = ("integrated_gradients", "relevance", "attention_rollout", "normgrad")
 """Methods where none is named: two that share the logit out over pixels, two that read layers; none needs a name."""
 _TOP = 5  # classes named
 _BLIND = ("attention_flow", "attention_rollout", "random")  # know no class, so cannot tell one from another
-
-
-class Progress(Protocol):
-    """What is told while it runs."""
-
-    def start(self, units: float) -> None:
-        """There are so many units of work."""
-
-    def show(self, doing: str, best: str) -> None:
-        """What runs now."""
-
-    def advance(self, units: float) -> None:
-        """So many units are done."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +81,7 @@ def examine(
     start = time.perf_counter()
     wanted = tuple(dict.fromkeys(read_method(name) for name in (DEFAULTS if methods is None else methods)))
     effort = effort or Effort.for_size(min(images.shape[-2:]))
-    told = progress or _Silent()
+    told = progress or Silent()
     told.start(len(wanted) * (2 + len(images)) + 1)
     question = explain(model, images, method="random", target=target)  # checks the call
     explained = question.target
@@ -299,14 +287,3 @@ def _wording(spoken_for: str | None) -> Wording:
     whole = whole.replace("{", "{{").replace("}", "}}")  # a class may have any name
     first, further = "It marks above all: {quote}, with {percent} % " + whole + ".", "Then: {quote}, with {percent} %."
     return AREAS._replace(first=first, further=further, nothing="It marks no area above others.", decimals=0)
-
-
-class _Silent:
-    def start(self, units: float) -> None:
-        pass
-
-    def show(self, doing: str, best: str) -> None:
-        pass
-
-    def advance(self, units: float) -> None:
-        pass
