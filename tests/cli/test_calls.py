@@ -253,7 +253,7 @@ def test_images_that_are_none(complaint, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "grad-cam"], "method is 'grad-cam': did you mean grad_cam"),
+        (["--method", "grad-cam"], "method is 'grad-cam': did you mean gradcam or grad_cam"),
         (["--method", "random,"], "method is '': choose one of attention_flow, attention_rollout"),
         (["--target", "dgo"], "target is 'dgo': did you mean dog?, or a number below 2"),
         (["--target", "2"], "target is '2': choose one of cat, dog, or a number below 2"),

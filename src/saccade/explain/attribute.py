@@ -67,7 +67,7 @@ def read_method(name: str) -> str:
     >>> read_method("lrp")
     'relevance'
     """
-    check_choice("method", name, [*_METHODS, *ALIASES] if name in ALIASES else _METHODS)
+    check_choice("method", name, [*_METHODS, *ALIASES])
     return ALIASES.get(name, name)
 
 
