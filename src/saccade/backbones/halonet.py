@@ -241,7 +241,7 @@ class _Bottleneck(nn.Module):
             out = self.norm_act(self.norm(channels_first(self.attn(channels_last(out)))))
         out = self.drop_path(self.conv3(self.gate(out)))
         if self.shortcut is not None:
-            out = out + self.shortcut(x)
+            out += self.shortcut(x)  # the map is its own: another would cost time where maps are largest
         activated: Tensor = self.act(out)
         return activated
 
