@@ -29,7 +29,8 @@ from saccade.explain.overlay import overlay, save_overlay
 from saccade.explain.reference_frame import FrameScores, frame_scores
 from saccade.explain.sanity import Randomization, class_sensitivity, parameter_randomization
 from saccade.explain.score import Score
-from saccade.explain.verbalization import Verbalization, Wording, check_sentences, verbalize, verbalize_map
+from saccade.explain.statements import check_sentences
+from saccade.explain.verbalization import Verbalization, Wording, verbalize, verbalize_map
 
 __all__ = [
     "Additivity",
